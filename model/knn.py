@@ -1,0 +1,76 @@
+"""k nearest neighbours on frozen features: what a representation is worth, without training anything on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Views = tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def extract(
+    batches: Iterable[tuple[Views, Tensor, Tensor]], features: dict[str, Callable[[Tensor], Tensor]]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Each feature of every image, [n, F] float32, and the labels [n], on the device of the batches, in one pass.
+
+    `features` are functions of a view [B, 3, S, S]; a network among them is to be in evaluation mode.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in features}
+    labels = []
+    for (view, *_), label, _ in batches:
+        for name, feature in features.items():
+            found[name].append(feature(view).float().flatten(1))
+        labels.append(label)
+    return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(labels)
+
+
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07
+) -> float:
+    """Top-1 accuracy in percent of a vote among the k most similar (cosine) of bank [n, F] for each of queries [m, F].
+
+    A neighbour votes with exp(similarity / temperature), as in Wu et al. 2018 and DINO's evaluation.
+    """
+    bank, queries = F.normalize(bank), F.normalize(queries)
+    classes = int(bank_labels.max()) + 1
+    right = 0
+    for query, label in zip(queries.split(1024), labels.split(1024), strict=True):
+        similarity, nearest = (query @ bank.T).topk(min(k, len(bank)))  # [1024, k]
+        weight = ((similarity - 1) / temperature).exp()
+        votes = weight.new_zeros(len(query), classes).scatter_add_(1, bank_labels[nearest], weight)
+        right += int((votes.argmax(1) == label).sum())
+    return 100 * right / len(queries)
+
+
+def knn_accuracies(
+    bank: Iterable[tuple[Views, Tensor, Tensor]],
+    queries: Iterable[tuple[Views, Tensor, Tensor]],
+    features: dict[str, Callable[[Tensor], Tensor]],
+) -> dict[str, float]:
+    """The kNN accuracy of each feature, in percent, from batches of labelled images; each image is decoded once."""
+    bank_features, bank_labels = extract(bank, features)
+    query_features, labels = extract(queries, features)
+    return {
+        name: knn_accuracy(bank_features.pop(name), bank_labels, query_features.pop(name), labels) for name in features
+    }
+
+
+def colour_feature(view: Tensor, bins: int = 6) -> Tensor:
+    """Square roots of a joint colour histogram, [B, bins^3], of a normalised view [B, 3, S, S].
+
+    Their cosine is the Bhattacharyya coefficient of the histograms. The bins span what ImageNet's mean and deviation
+    make of black and white: -2.2 to 2.7.
+    """
+    level = ((view + 2.2) / 4.9 * bins).long().clamp_(0, bins - 1)  # [B, 3, S, S]
+    colour = ((level[:, 0] * bins + level[:, 1]) * bins + level[:, 2]).flatten(1)  # [B, S S]
+    counts = view.new_zeros(len(view), bins**3).scatter_add_(1, colour, torch.ones_like(colour, dtype=view.dtype))
+    return (counts / colour.shape[1]).sqrt()
+
+
+def pixel_feature(view: Tensor) -> Tensor:
+    """The normalised pixels themselves, [B, 3 S S]."""
+    return view.flatten(1)

@@ -1,0 +1,91 @@
+"""Encoded images -> distorted views on the device. The front door: open_store, open_loader, Batch.
+
+In somebody else's training loop:
+
+    store = open_store("photos")
+    loader = open_loader(store, barlow_twins(224), batch_size=256, device="cuda")
+    for epoch in range(100):
+        for (view_a, view_b), labels, samples in loader.epoch(epoch):
+            ...
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .decoders import DECODERS, open_decoder
+from .loader import Batch, Loader
+from .machine import describe_device, find_device, usable_cores
+from .picture import view_picture
+from .recipe import Recipe, barlow_twins, center_view
+from .stores import Store, Subset, at_most, cache_folder, fingerprint, hold_out
+from .stores.demo import demo_folder
+from .stores.folder import FolderStore, Progress, find_splits
+
+__all__ = [
+    "DECODERS",
+    "Batch",
+    "Loader",
+    "Recipe",
+    "Store",
+    "Subset",
+    "at_most",
+    "barlow_twins",
+    "cache_folder",
+    "center_view",
+    "demo_folder",
+    "describe_device",
+    "find_device",
+    "find_splits",
+    "fingerprint",
+    "hold_out",
+    "open_loader",
+    "open_store",
+    "usable_cores",
+    "view_picture",
+]
+
+
+def open_store(path: str | Path, progress: Progress = lambda done, total: None) -> Store:
+    """The encoded images at `path`: a folder, with or without a sub-folder for each class.
+
+    progress(done, total) is called while it is indexed. ValueError where there is nothing to train on.
+    """
+    return FolderStore(Path(path), progress)
+
+
+def open_loader(
+    store: Store,
+    recipe: Recipe,
+    *,
+    batch_size: int,
+    decoder: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    shuffle: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Loader:
+    """Batches of `store` distorted by `recipe`: `batch_size` samples a step on each of `world` ranks.
+
+    `threads` decode (default: one a core that this process may use). See `Loader` for the rest.
+    """
+    threads = threads or usable_cores()
+    backend = open_decoder(decoder, store, recipe, threads)
+    return Loader(
+        store,
+        recipe,
+        backend,
+        threads=threads,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world=world,
+        shuffle=shuffle,
+        device=device,
+        dtype=dtype,
+    )

@@ -1,0 +1,125 @@
+"""uint8 crops + parameters -> normalised views, on the device of the crops. One implementation for every decoder.
+
+Batched over samples that each have parameters of their own; an operation touches only the samples that need it.
+Formulas are torchvision's for float images in [0, 1]. The blur is the exact Gaussian with replicated borders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .recipe import BRIGHTNESS, CONTRAST, HUE, SATURATION, Recipe, ViewParams
+
+_GRAY = (0.2989, 0.587, 0.114)  # torchvision's rounding of ITU-R 601
+
+
+def distort(
+    crops: Tensor, params: ViewParams, recipe: Recipe, out_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """Views, each [B, 3, S, S] of `out_dtype`, channels_last and normalised, from uint8 crops [V, B, S, S, 3]."""
+    return tuple(_distort_view(view, params.take(v), recipe, out_dtype) for v, view in enumerate(crops))
+
+
+def _distort_view(crops: Tensor, params: ViewParams, recipe: Recipe, out_dtype: torch.dtype) -> Tensor:
+    compute = torch.promote_types(out_dtype, torch.float32)
+    x = crops.permute(0, 3, 1, 2).to(compute, memory_format=torch.contiguous_format).div_(255)  # [B, 3, S, S]
+
+    def apply(operation: Callable[..., Tensor], chosen: NDArray[np.bool_], *values: NDArray[np.float32]) -> None:
+        """x = operation(x, *values) for the chosen samples; `values` [B] arrive as [n, 1, 1, 1]."""
+        if not chosen.any():
+            return
+        at = torch.from_numpy(np.flatnonzero(chosen)).to(x.device)
+        columns = (torch.from_numpy(v[chosen]).to(x.device, compute)[:, None, None, None] for v in values)
+        x[at] = operation(x[at], *columns)
+
+    apply(_flip, params.flip)
+    for place in range(4):
+        for number, operation in _JITTER.items():
+            factor = params.jitter_factor[:, number]
+            chosen = params.jitter & (params.jitter_order[:, place] == number)
+            apply(operation, chosen & (factor != _IDENTITY[number]), factor)
+    apply(_grayscale, params.gray)
+    apply(_blur, params.blur_sigma > 0, params.blur_sigma)
+    apply(_solarize, params.solarize)
+
+    mean, std = (torch.tensor(c, dtype=compute, device=x.device)[:, None, None] for c in (recipe.mean, recipe.std))
+    return x.sub_(mean).div_(std).to(out_dtype, memory_format=torch.channels_last)
+
+
+def _flip(x: Tensor) -> Tensor:
+    return x.flip(3)
+
+
+def _luma(x: Tensor) -> Tensor:  # [n, 1, S, S]
+    return _GRAY[0] * x[:, 0:1] + _GRAY[1] * x[:, 1:2] + _GRAY[2] * x[:, 2:3]
+
+
+def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).clamp_(0, 1)
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Around the mean grey level of the image as it is now, after the operations before."""
+    return (x * factor + (1 - factor) * _luma(x).mean((1, 2, 3), keepdim=True)).clamp_(0, 1)
+
+
+def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor + (1 - factor) * _luma(x)).clamp_(0, 1)
+
+
+def _hue(x: Tensor, shift: Tensor) -> Tensor:
+    """A shift in HSV by `shift` turns of the colour wheel, through the closed form of HSV -> RGB.
+
+    With value v, chroma c and hue h in sixths of a turn, channel k is v - c * clamp(min(t, 4 - t), 0, 1),
+    t = (h + n_k) mod 6, n = 5, 3, 1 for red, green and blue: no sextant tables, no gathers.
+    """
+    red, green, blue = x.unbind(1)  # [n, S, S] each
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    safe = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    hue = hue + 6 * shift[:, 0]
+    channels = []
+    for n in (5, 3, 1):
+        t = torch.remainder(hue + n, 6)
+        channels.append(value - chroma * torch.minimum(t, 4 - t).clamp_(0, 1))
+    return torch.stack(channels, 1)
+
+
+def _grayscale(x: Tensor) -> Tensor:
+    return _luma(x).expand_as(x)
+
+
+def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of rows, then columns, each a product with one matrix per sample: any mixture of sigmas at once.
+
+    Row i of the matrix is the normalised kernel around pixel i. What would fall outside the image is added to the
+    pixel at its edge, which is what replicating the border means; the kernel itself is not cut off.
+    """
+    size, n = x.shape[-1], len(x)
+    pixel = torch.arange(size, device=x.device)
+    distance = torch.arange(2 * size, device=x.device)
+    kernel = torch.exp(-0.5 * (distance / sigma[:, 0, 0]) ** 2)  # [n, 2 S], one side of it
+    beyond = (kernel[:, None] * (distance > pixel[:, None])).sum(2)  # [n, S]: more than i pixels away
+    matrix = kernel[:, (pixel[:, None] - pixel).abs()]  # [n, S, S]
+    matrix[:, :, 0] += beyond
+    matrix[:, :, -1] += beyond.flip(1)
+    matrix /= matrix.sum(2, keepdim=True)
+    rows = x.reshape(n, 3 * size, size) @ matrix.mT
+    return (matrix[:, None] @ rows.reshape(n, 3, size, size)).clamp_(0, 1)
+
+
+def _solarize(x: Tensor) -> Tensor:
+    return torch.where(x >= 128 / 255, 1 - x, x)
+
+
+_JITTER = {BRIGHTNESS: _brightness, CONTRAST: _contrast, SATURATION: _saturation, HUE: _hue}
+_IDENTITY = {BRIGHTNESS: 1, CONTRAST: 1, SATURATION: 1, HUE: 0}

@@ -1,0 +1,110 @@
+"""Encoded images on the CPU: their size, their pixels, and resized crops of them. The decode contract of every decoder.
+
+Pixels are Pillow's `convert("RGB")`: no EXIF rotation, slow DCT, full chroma upsampling; 16-bit greys scaled by 1/257.
+JPEGs go through torchvision (bit-identical to Pillow, twice as fast), all other formats through Pillow.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+MAX_PIXELS = 89_478_485  # Pillow's own bound, 268 MB decoded. Larger is refused undecoded: 1 kB can claim any size.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+class BadImage(ValueError):
+    """An encoded image that cannot be used; the message says why."""
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Height and width in pixels from the header of an encoded JPEG, PNG or WebP; `BadImage` where there is none."""
+    size = _jpeg_size(data)
+    if size is None:
+        with _open(data) as image:
+            size = image.height, image.width
+    if 0 in size:
+        raise BadImage(f"its size is {size[1]} x {size[0]} pixels")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise BadImage(f"{size[1]} x {size[0]} pixels: more than {MAX_PIXELS:,}")
+    return size
+
+
+def decode(data: bytes, height: int, width: int) -> Tensor:
+    """The pixels of an encoded image of that size, uint8 [3, height, width], channels last in memory.
+
+    Raises `BadImage` for whatever does not decode completely, or not to the size that the index promised.
+    """
+    found = image_size(data) if data else None
+    if found is None:
+        raise BadImage("it cannot be read, or is empty")
+    if found != (height, width):
+        raise BadImage(f"{found[1]} x {found[0]} pixels, but {width} x {height} when it was indexed")
+    if data[:2] == b"\xff\xd8":
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        except RuntimeError as error:
+            raise BadImage(str(error).splitlines()[0].rpartition(", ")[2] or "it does not decode") from None
+    with _open(data) as image:
+        return torch.from_numpy(_rgb(image)).permute(2, 0, 1)
+
+
+def crop(pixels: Tensor, box: NDArray[np.float32], size: int, interpolation: str, *, reads_outside: bool) -> Tensor:
+    """One box (left, top, right, bottom) of uint8 [3, H, W] pixels, resized to uint8 [size, size, 3].
+
+    As Pillow does it: `crop(box).resize(size)`, which never reads outside a box of whole pixels, or, with
+    `reads_outside`, `resize(size, box=box)`, which takes fractional boxes and filters across their edges.
+    """
+    if reads_outside:
+        image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+        resample = Image.Resampling[interpolation.upper()]
+        left, top, right, bottom = map(float, box)
+        box_in = (left, top, min(right, image.width), min(bottom, image.height))  # float32 may round past the edge
+        return torch.from_numpy(np.array(image.resize((size, size), resample, box=box_in)))
+    left, top, right, bottom = map(int, box)
+    # The copy is for speed: torch's kernel for packed RGB is faster than its strided one by more than it costs.
+    inside = pixels[None, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(inside, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width from the first start-of-frame segment: ten times as fast as opening the image with Pillow."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    i = 2
+    while i + 9 <= len(data) and data[i] == 0xFF:
+        marker = data[i + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(data[i + 5 : i + 7]), int.from_bytes(data[i + 7 : i + 9])
+        i += 1 if marker == 0xFF else 2 + int.from_bytes(data[i + 2 : i + 4])  # a fill byte, or a whole segment
+    return None
+
+
+@contextmanager
+def _open(data: bytes) -> Iterator[Image.Image]:
+    """`Image.open`, with whatever Pillow and its codecs raise inside the block as `BadImage`."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            yield image
+    except UnidentifiedImageError:
+        raise BadImage("it is no JPEG, PNG or WebP that can be opened") from None
+    except Exception as error:
+        raise BadImage(str(error) or "it does not decode") from error
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them at 255
+        gray = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return np.repeat(gray.astype(np.uint8)[:, :, None], 3, axis=2)
+    image.info.pop("transparency", None)  # a palette's alpha, which convert("RGB") ignores but warns about
+    return np.array(image.convert("RGB"))

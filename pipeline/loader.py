@@ -1,0 +1,245 @@
+"""Store, order, recipe, decoder and distortions tied together: batches that are ready for the network."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .decoders import Boxes, Decoder
+from .distort import distort
+from .images import BadImage, decode
+from .machine import single_threaded_workers
+from .order import Samples, epoch_order, replacements, step_positions, steps_per_epoch
+from .recipe import Recipe, ViewParams, draw
+from .stores import Store
+
+_BATCHES_READY = 2  # distorted batches that wait for the consumer
+_CHUNK = 32  # samples that a CPU thread distorts at a time: their views stay in its cache
+
+
+class Batch(NamedTuple):
+    """What one training step needs."""
+
+    views: tuple[Tensor, ...]  # each [B, 3, S, S], channels_last, normalised, on the loader's device
+    labels: Tensor  # int64 [B], -1 where there is none; on the device
+    samples: Tensor  # int64 [B], positions in the store; on the host
+
+
+class _Step(NamedTuple):
+    """What is decided about a step before anything is read: a function of the step, and of which images are bad."""
+
+    epoch: int
+    order: Samples  # of the whole epoch
+    positions: Samples  # [B] in that order
+    samples: Samples  # [B]
+    params: ViewParams
+
+
+class Loader:
+    """Batches of a store, the same for any decoder and number of threads.
+
+    With `shuffle`, every epoch is a permutation in batches of one size and the rest is dropped; a sample that turns
+    out bad is replaced by a later one of the same epoch. Without it (evaluation) samples come in the store's order,
+    the last batch is short, and a bad sample is left out. `bad` maps each bad sample found so far to the reason.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        recipe: Recipe,
+        decoder: Decoder,
+        *,
+        threads: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch size is {batch_size}: it must be at least 1")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} is outside a world of {world}")
+        if shuffle and len(store) < batch_size * world:
+            raise ValueError(
+                f"{len(store)} images are fewer than one batch of {batch_size * world}: take a batch size of at most "
+                f"{len(store) // world}, or more images"
+            )
+        self.store, self.recipe, self.decoder, self.threads = store, recipe, decoder, threads
+        self.batch_size, self.seed, self.rank, self.world, self.shuffle = batch_size, seed, rank, world, shuffle
+        self.device, self.dtype = torch.device(device), dtype
+        self.bad: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        """Steps per epoch, the same on every rank."""
+        n, global_batch = len(self.store), self.batch_size * self.world
+        return steps_per_epoch(n, global_batch) if self.shuffle else -(-n // global_batch)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Generator[Batch, None, None]:
+        """The batches of an epoch from its step `first_step` on."""
+        return self.steps(epoch * len(self) + first_step, (epoch + 1) * len(self))
+
+    def steps(self, first: int, last: int) -> Generator[Batch, None, None]:
+        """The batches of steps first <= step < last, counted from the first of epoch 0, without a pause between epochs.
+
+        They are made ahead in a thread; closing the iterator (or dropping it) ends that and everything it started.
+        """
+        ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException | None] = queue.Queue(_BATCHES_READY)
+        stop = threading.Event()
+        stream = None if self.device.type == "cpu" else torch.cuda.Stream(self.device)
+
+        def put(item: tuple[Batch, torch.cuda.Event | None] | BaseException | None) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def produce() -> None:
+            batches = self._batches(first, last)
+            try:
+                with torch.cuda.stream(stream):  # does nothing for None
+                    for batch in batches:
+                        put((batch, stream.record_event() if stream else None))
+                        if stop.is_set():
+                            return
+                put(None)
+            except BaseException as error:  # raised again in the consumer's thread
+                put(error)
+            finally:
+                batches.close()
+
+        thread = threading.Thread(target=produce, name="twinfeed-loader", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                batch, distorted = item
+                if distorted is not None:  # the consumer's stream waits, its thread does not
+                    torch.cuda.current_stream().wait_event(distorted)
+                    for tensor in (*batch.views, batch.labels):
+                        tensor.record_stream(torch.cuda.current_stream())
+                yield batch
+        finally:
+            stop.set()
+            thread.join()
+
+    def _batches(self, first: int, last: int) -> Generator[Batch, None, None]:
+        """Plan -> decode -> repair -> distort. The plan runs ahead of the batches by as much as the decoder likes."""
+        planned: deque[_Step] = deque()
+
+        def plan() -> Iterator[tuple[Samples, Boxes]]:
+            order, ordered_epoch = np.arange(len(self.store), dtype=np.int64), -1
+            for step in range(first, last):
+                epoch, step_of_epoch = divmod(step, len(self))
+                if self.shuffle and epoch != ordered_epoch:
+                    order, ordered_epoch = epoch_order(len(self.store), self.seed, epoch), epoch
+                positions = step_positions(step_of_epoch, self.batch_size, self.rank, self.world)
+                planned.append(self._plan(epoch, order, positions[positions < len(order)]))
+                yield planned[-1].samples, planned[-1].params.boxes
+
+        stream = self.decoder.stream(plan())
+        pool = single_threaded_workers(self.threads, "distort") if self.device.type == "cpu" else None
+        try:
+            for crops, good in stream:
+                step = planned.popleft()
+                if not good.all():
+                    step, crops = self._repair(step, crops, good)
+                if len(step.samples):
+                    yield self._finish(step, crops, pool)
+        finally:
+            stream.close()
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+
+    def _plan(self, epoch: int, order: Samples, positions: Samples) -> _Step:
+        """The samples at those positions, known bad ones replaced (or left out, without `shuffle`), and their draws."""
+        samples = order[positions]
+        if self.bad and self.shuffle:
+            taken: set[int] = set()
+            for i, sample in enumerate(samples):
+                if int(sample) in self.bad:
+                    samples[i] = self._stand_in(int(positions[i]), order, taken)
+                    taken.add(int(samples[i]))
+        elif self.bad:
+            samples = samples[[int(sample) not in self.bad for sample in samples]]
+        rows = self.store.index[samples]
+        params = draw(self.recipe, self.seed, epoch, samples, rows["height"], rows["width"])
+        return _Step(epoch, order, positions, samples, params)
+
+    def _stand_in(self, position: int, order: Samples, taken: set[int]) -> int:
+        for candidate in replacements(position, len(order), self.batch_size * self.world):
+            sample = int(order[candidate])
+            if sample not in self.bad and sample not in taken:
+                return sample
+        raise ValueError(
+            f"no image is left to stand in for bad ones: {len(self.bad)} of {len(order)} cannot be decoded, the first: "
+            + "; ".join(f"{self.store.name(s)}: {why}" for s, why in list(self.bad.items())[:3])
+        )
+
+    def _repair(self, step: _Step, crops: Tensor, good: NDArray[np.bool_]) -> tuple[_Step, Tensor]:
+        """The same step without its bad samples: replaced, or left out, until all are good."""
+        while True:
+            for sample in step.samples[~good]:
+                self.bad[int(sample)] = self._reason(int(sample))
+            repaired = self._plan(step.epoch, step.order, step.positions)
+            if not self.shuffle:
+                return repaired, crops[:, torch.from_numpy(np.flatnonzero(good)).to(crops.device)]
+            redo = np.flatnonzero(repaired.samples != step.samples)
+            decoded = self.decoder.stream(iter([(repaired.samples[redo], repaired.params.boxes[:, redo])]))
+            new_crops, new_good = next(decoded)
+            decoded.close()
+            crops[:, torch.from_numpy(redo).to(crops.device)] = new_crops
+            good = np.ones(len(good), dtype=bool)
+            good[redo] = new_good
+            step = repaired
+            if good.all():
+                return step, crops
+
+    def _reason(self, sample: int) -> str:
+        row = self.store.index[sample]
+        try:
+            decode(self.store.read_batch(np.array([sample]))[0], int(row["height"]), int(row["width"]))
+        except BadImage as error:
+            return str(error)
+        return "it did not decode, though it does now"
+
+    def _finish(self, step: _Step, crops: Tensor, pool: ThreadPoolExecutor | None) -> Batch:
+        labels = torch.from_numpy(self.store.index["label"][step.samples].astype(np.int64))
+        if pool is not None:
+            views = _distort_in_chunks(pool, crops, step.params, self.recipe, self.dtype)
+        else:
+            crops, labels = (t.pin_memory().to(self.device, non_blocking=True) for t in (crops, labels))
+            views = distort(crops, step.params, self.recipe, self.dtype)
+        return Batch(views, labels, torch.from_numpy(step.samples))
+
+
+def _distort_in_chunks(
+    pool: ThreadPoolExecutor, crops: Tensor, params: ViewParams, recipe: Recipe, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """`distort` on the CPU. Chunks of a fixed size, so that the bits do not depend on the number of threads."""
+    count, batch, size = crops.shape[:3]
+    views = tuple(
+        torch.empty(batch, 3, size, size, dtype=dtype, memory_format=torch.channels_last) for _ in range(count)
+    )
+
+    def chunk(first: int) -> None:
+        rows = slice(first, first + _CHUNK)
+        distorted = distort(crops[:, rows], params.take(slice(None), rows), recipe, dtype)
+        for view, part in zip(views, distorted, strict=True):
+            view[rows] = part
+
+    list(pool.map(chunk, range(0, batch, _CHUNK)))
+    return views

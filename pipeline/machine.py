@@ -1,0 +1,64 @@
+"""What this machine offers: its device, its cores, and threads that work on images."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import torch
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """`cpu`, `cuda` or `cuda:N` as asked; `auto` takes a GPU where there is one.
+
+    ValueError, with the remedy, where a GPU was asked for or is in the machine but torch cannot use it: training on
+    the CPU by mistake would go unnoticed for hours. An empty CUDA_VISIBLE_DEVICES says that the CPU is meant.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    with warnings.catch_warnings(record=True) as caught:  # torch says here what it dislikes about the driver
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if usable:
+        return torch.device("cuda" if name == "auto" else name)
+    present = any(Path("/proc/driver/nvidia/gpus").glob("*")) or any(Path("/dev").glob("nvidia[0-9]*"))
+    if name == "auto" and (not present or os.environ.get("CUDA_VISIBLE_DEVICES") == ""):
+        return torch.device("cpu")
+    reason = f" ({str(caught[0].message).splitlines()[0]})" if caught else ""
+    raise ValueError(
+        f"torch {torch.__version__} finds no GPU it can use{reason}. Its wheels for CUDA {torch.version.cuda} need an "
+        "NVIDIA driver of release 580 or newer: update the driver, or install a torch built for an older CUDA. "
+        "`--device cpu` trains without a GPU."
+    )
+
+
+def describe_device(device: torch.device) -> str:
+    """The name of a GPU, or how many cores of the CPU may be used."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {usable_cores()} cores"
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on: on a shared machine fewer than it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def single_threaded_workers(threads: int, name: str) -> ThreadPoolExecutor:
+    """A pool of `threads` threads in each of which torch runs on that thread alone: images are the unit of parallelism.
+
+    torch's own (OpenMP) threads wait for each other by spinning. On a core that something else needs as well, each
+    operation then waits for a whole scheduler slice: distorting 48-pixel views took 100 times as long (bench/NOTES.md).
+
+    `torch.set_num_threads` holds for the calling thread, but also becomes the default of threads made later; the
+    last line gives that back.
+    """
+    here = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, f"twinfeed-{name}", initializer=torch.set_num_threads, initargs=(1,))
+    all_started = Barrier(threads + 1)
+    for _ in range(threads):
+        pool.submit(all_started.wait)
+    all_started.wait()
+    torch.set_num_threads(here)
+    return pool

@@ -1,0 +1,34 @@
+"""A picture of what the network sees: the first thing to look at when a run learns nothing."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+
+from .decoders import open_decoder
+from .loader import Loader
+from .order import epoch_order
+from .recipe import Recipe, center_view
+from .stores import Store, Subset
+
+_LEAST_SIDE = 96  # pixels; smaller views are enlarged by a whole factor
+
+
+def view_picture(store: Store, recipe: Recipe, seed: int = 0, images: int = 8) -> Image.Image:
+    """A column for each of the first images of epoch 0: the image, undistorted, above its views.
+
+    The distortions shown are those that this seed's first epoch has, where the pictured samples were renumbered.
+    """
+    count = min(images, len(store))
+    pictured = Subset(store, epoch_order(len(store), seed, 0)[:count])
+    rows = []
+    for shown in (center_view(recipe.size), recipe):
+        decoder = open_decoder("torchvision", pictured, shown, threads=1)
+        loader = Loader(pictured, shown, decoder, threads=1, batch_size=count, seed=seed, shuffle=False)
+        rows += [view for batch in loader.epoch(0) for view in batch.views]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.mean, recipe.std))
+    pixels = (torch.cat(rows) * std + mean).clamp_(0, 1).mul_(255).round_().byte()
+    enlarge = -(-_LEAST_SIDE // recipe.size)
+    pixels = pixels.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    return Image.fromarray(make_grid(pixels, nrow=len(rows[0]), padding=4, pad_value=255).permute(1, 2, 0).numpy())

@@ -1,0 +1,77 @@
+"""Where encoded images live: one file a format, all behind the `Store` protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..order import Samples
+from ..philox import philox
+
+_STREAM = 0x7370  # keeps these random numbers apart from those of `epoch_order` and `draw`
+
+
+class Store(Protocol):
+    """Encoded images by position. Immutable, picklable and thread-safe."""
+
+    classes: list[str]  # [] where the images carry no labels
+    index: NDArray[Any]  # structured [n]: label (-1 where there is none), height, width
+    rejects: dict[str, str]  # what was left out when it was opened, and why
+
+    def __len__(self) -> int: ...
+
+    def read_batch(self, samples: Samples) -> list[bytes]:
+        """The encoded images, in order; an empty one where a sample cannot be read (any more)."""
+
+    def name(self, sample: int) -> str:
+        """What a person would look for to find this sample: a path, or a file and a position in it."""
+
+
+class Subset:
+    """Some samples of another store, renumbered from 0."""
+
+    def __init__(self, store: Store, samples: Samples) -> None:
+        self.store, self.samples = store, samples
+        self.classes, self.index, self.rejects = store.classes, store.index[samples], store.rejects
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read_batch(self, samples: Samples) -> list[bytes]:
+        return self.store.read_batch(self.samples[samples])
+
+    def name(self, sample: int) -> str:
+        return self.store.name(int(self.samples[sample]))
+
+
+def hold_out(store: Store, fraction: float, seed: int) -> tuple[Subset, Subset]:
+    """`store` as (training, held out), split at random by `seed` alone; at least one sample is held out."""
+    shuffled, count = _shuffled(len(store), seed), max(1, round(fraction * len(store)))
+    return Subset(store, np.sort(shuffled[count:])), Subset(store, np.sort(shuffled[:count]))
+
+
+def at_most(count: int, store: Store, seed: int = 0) -> Store:
+    """`store`, or `count` of its samples at random."""
+    return store if len(store) <= count else Subset(store, np.sort(_shuffled(len(store), seed)[:count]))
+
+
+def _shuffled(n: int, seed: int) -> Samples:
+    words = philox(seed, np.arange(n), 0, 0, _STREAM << 16)
+    return np.argsort(words[0] << np.uint64(32) | words[1], kind="stable")
+
+
+def fingerprint(store: Store) -> str:
+    """A digest of the number, labels and sizes of a store's images: other data have another."""
+    fields = (np.ascontiguousarray(store.index[name]).tobytes() for name in ("label", "height", "width"))
+    return hashlib.sha256(b"".join(fields)).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where indexes and the embedded data set are kept between runs; TWINFEED_CACHE overrides it."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TWINFEED_CACHE") or Path(base) / "twinfeed")

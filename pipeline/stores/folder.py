@@ -1,0 +1,178 @@
+"""A folder of JPEG, PNG and WebP files, nested to any depth; the first level of sub-folders names the classes.
+
+Opening one walks it, and reads the header of each file that is new or changed since the last time: sizes are needed
+before decoding, to draw crops. What was found is kept in the cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..images import SUFFIXES, BadImage, image_size
+from ..order import Samples
+from . import cache_folder
+
+_INDEX = np.dtype([("label", "i4"), ("height", "i4"), ("width", "i4"), ("bytes", "i8"), ("modified_ns", "i8")])
+_HEADER_BYTES = 16_384  # enough for the size of most JPEGs; the rest of a file is read only where it is not
+_TRAIN, _TEST = ("train", "training"), ("val", "valid", "validation", "test")
+
+Progress = Callable[[int, int], None]  # done, total
+
+
+class FolderStore:
+    """Images below `root`. `rejects` names those left out, with the reason; progress(done, total) while indexing.
+
+    Raises ValueError where `root` is no folder or holds no image that can be used.
+    """
+
+    def __init__(self, root: Path, progress: Progress = lambda done, total: None) -> None:
+        self.root = Path(os.path.abspath(root))
+        if not self.root.is_dir():
+            raise ValueError(f"{root} is {'no folder' if self.root.exists() else 'not there'}: name a folder of images")
+        paths = sorted(_walk(self.root))
+        if not paths:
+            raise ValueError(f"{root} holds no image: looked for {', '.join(SUFFIXES)} files in it, to any depth")
+        found, self.rejects = _index(self.root, paths, progress)
+        good = np.flatnonzero(found["height"] > 0)
+        if not len(good):
+            name, reason = next(iter(self.rejects.items()))
+            raise ValueError(f"{root}: none of its {len(paths)} images can be used; the first, {name}: {reason}")
+        self.paths = [paths[i] for i in good]
+        self.index = found[good]
+        self.classes = _classes(self.paths)
+        if self.classes:
+            numbers = {name: i for i, name in enumerate(self.classes)}
+            self.index["label"] = [numbers[path.partition(os.sep)[0]] for path in self.paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read_batch(self, samples: Samples) -> list[bytes]:
+        return [self._read(self.paths[sample]) for sample in samples]
+
+    def name(self, sample: int) -> str:
+        return str(self.root / self.paths[sample])
+
+    def _read(self, path: str) -> bytes:
+        try:
+            with open(os.path.join(self.root, path), "rb") as file:
+                return file.read()
+        except OSError:
+            return b""
+
+
+def find_splits(root: Path) -> tuple[Path, Path | None]:
+    """The folders to train and to test on: `train` and `val` (or `test`) below `root`, else `root` and None."""
+    folders = {p.name.lower(): p for p in root.iterdir() if p.is_dir()} if root.is_dir() else {}
+    train = next((folders[name] for name in _TRAIN if name in folders), None)
+    if train is None:
+        return root, None
+    return train, next((folders[name] for name in _TEST if name in folders), None)
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Paths of images relative to `root`; links are followed, each folder is entered once, hidden ones never."""
+    entered = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield os.path.relpath(os.path.join(folder, name), root)
+
+
+def _classes(paths: list[str]) -> list[str]:
+    """The first-level folders, where there are at least two and no image lies beside them; else []."""
+    first = {path.partition(os.sep)[0] if os.sep in path else "" for path in paths}
+    return sorted(first) if len(first) > 1 and "" not in first else []
+
+
+def _index(root: Path, paths: list[str], progress: Progress) -> tuple[NDArray[Any], dict[str, str]]:
+    """Sizes of all images [n], height 0 for rejects; and why each was rejected. Known, unchanged files are not read."""
+    cache = cache_folder() / f"index-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.npz"
+    known_paths, known, known_rejects = _load(cache)
+    position = {path: i for i, path in enumerate(known_paths)}
+    rejects: dict[str, str] = {}
+
+    def probe(path: str) -> Any:
+        full = os.path.join(root, path)
+        try:
+            stat = os.stat(full)
+            stamp = stat.st_size, stat.st_mtime_ns
+            i = position.get(path)
+            if i is not None and (known[i]["bytes"], known[i]["modified_ns"]) == stamp:
+                if path in known_rejects:
+                    rejects[path] = known_rejects[path]
+                return known[i]
+            return np.array((-1, *_file_size(full), *stamp), dtype=_INDEX)
+        except BadImage as error:
+            rejects[path] = str(error)
+            return np.array((-1, 0, 0, *stamp), dtype=_INDEX)
+        except OSError as error:
+            rejects[path] = error.strerror or str(error)
+            return np.array((-1, 0, 0, 0, 0), dtype=_INDEX)
+
+    found = np.empty(len(paths), dtype=_INDEX)
+    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:  # waits for the disk, mostly
+        for i, row in enumerate(pool.map(probe, paths)):
+            found[i] = row
+            if i % 256 == 255 or i == len(paths) - 1:
+                progress(i + 1, len(paths))
+    rejects = dict(sorted(rejects.items()))
+    if known_paths != paths or not np.array_equal(known, found):
+        _save(cache, paths, found, rejects)
+    return found, rejects
+
+
+def _file_size(path: str) -> tuple[int, int]:
+    with open(path, "rb") as file:
+        head = file.read(_HEADER_BYTES)
+        if head[:2] == b"\xff\xd8":
+            try:
+                return image_size(head)
+            except BadImage:  # a long EXIF or colour profile stands before the size
+                pass
+        return image_size(head + file.read())
+
+
+def _load(cache: Path) -> tuple[list[str], NDArray[Any], dict[str, str]]:
+    """Paths, index and rejects as saved; nothing where there is no cache or it is damaged: it is only a shortcut."""
+    try:
+        with np.load(cache, allow_pickle=False) as saved:
+            paths, names, reasons = (_split(saved[key]) for key in ("paths", "rejects", "reasons"))
+            index = saved["index"]
+        if index.dtype == _INDEX and len(index) == len(paths):
+            return paths, index, dict(zip(names, reasons, strict=True))
+    except Exception:
+        pass
+    return [], np.empty(0, dtype=_INDEX), {}
+
+
+def _save(cache: Path, paths: list[str], index: NDArray[Any], rejects: dict[str, str]) -> None:
+    temporary = cache.with_suffix(f".{os.getpid()}.tmp.npz")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(temporary, paths=_join(paths), index=index, rejects=_join(rejects), reasons=_join(rejects.values()))
+        os.replace(temporary, cache)
+    except OSError:  # a read-only or full disk costs a new scan the next time, not this run
+        temporary.unlink(missing_ok=True)
+
+
+def _join(texts: Any) -> NDArray[np.uint8]:
+    return np.frombuffer(b"\0".join(os.fsencode(text) for text in texts), dtype=np.uint8)
+
+
+def _split(joined: NDArray[np.uint8]) -> list[str]:
+    return [os.fsdecode(text) for text in joined.tobytes().split(b"\0")] if len(joined) else []

@@ -1,0 +1,158 @@
+"""What a run says: live progress, messages, `metrics.jsonl`, the picture of its views, `summary.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_QUIET_S = 10.0  # where there is no terminal: seconds between two lines about the same thing
+
+
+class RunLog:
+    """Talks to the person at the terminal, or in plain lines to whatever stands in its place."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[reading]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+
+    def __enter__(self) -> RunLog:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def bar(self, description: str) -> Iterator[Bar]:
+        """A progress bar for the length of the block; call it with (done, total) or (done, total, reading)."""
+        task = self._bars.add_task(description, total=None, reading="")
+        try:
+            yield Bar(self, self._bars, task, description)
+        finally:
+            self._bars.remove_task(task)
+
+    def table(self, rows: dict[str, Any]) -> None:
+        grid = Table.grid(padding=(0, 2))
+        for name, value in rows.items():
+            grid.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        self.console.print(grid)
+
+
+class Bar:
+    """One bar, or its lines now and then."""
+
+    def __init__(self, log: RunLog, bars: Progress, task: TaskID, description: str) -> None:
+        self._log, self._bars, self._task, self._description = log, bars, task, description
+        self._said_at = 0.0
+
+    def __call__(self, done: int, total: int, reading: str = "") -> None:
+        self._bars.update(self._task, completed=done, total=total, reading=reading)
+        if not self._log.console.is_terminal and time.monotonic() - self._said_at > _QUIET_S:
+            self._said_at = time.monotonic()
+            self._log.say(f"{self._description} {done}/{total} {reading}")
+
+
+class Metrics:
+    """`metrics.jsonl`: a line of numbers for every so many steps. A resumed run goes on with what it had at `step`."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = []
+        if step and path.exists():
+            lines = (line for line in path.read_text().splitlines() if line.endswith("}"))  # the last may be torn
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] < step]
+        self._file = open(path, "w", buffering=1)  # noqa: SIM115  # closed by __exit__
+        self._file.writelines(kept)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def write(self, **values: float) -> None:
+        self._file.write(json.dumps(values) + "\n")
+
+
+def make_room(folder: Path) -> Path | None:
+    """An empty `folder` for a new run. What an earlier one left there moves to `folder`.1, .2, ...: returned."""
+    moved = None
+    if folder.exists() and any(folder.iterdir()):
+        free = (folder.with_name(f"{folder.name}.{number}") for number in count(1))
+        moved = next(path for path in free if not path.exists())
+        folder.rename(moved)
+    folder.mkdir(parents=True, exist_ok=True)
+    return moved
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")
+    os.replace(temporary, path)
+
+
+def reading(values: dict[str, float]) -> str:
+    """The numbers of a step in one line, for the progress bar."""
+    if not values:
+        return ""
+    return (
+        f"loss {values['loss']:.4g} (invariance {values['invariance']:.3g}, redundancy {values['redundancy']:.3g}) "
+        f"diagonal {values['diagonal_mean']:.2f} off-diagonal {values['off_diagonal_rms']:.3f} · "
+        f"{values['images_per_s']:.0f} images/s, waits {values['data_wait_fraction']:.0%}"
+    )
+
+
+class Feed:
+    """Hands out batches of `batch_size` images, and knows how many came and how long they had to be waited for."""
+
+    def __init__(self, batches: Iterator[Any], batch_size: int) -> None:
+        self._batches, self._batch_size = batches, batch_size
+        self._images, self._wait_s = 0, 0.0
+        self._began = self._read_at = time.monotonic()
+        self._read = (0, 0.0)
+
+    def __iter__(self) -> Feed:
+        return self
+
+    def __next__(self) -> Any:
+        asked = time.monotonic()
+        batch = next(self._batches)
+        self._wait_s += time.monotonic() - asked
+        self._images += self._batch_size
+        return batch
+
+    def rates(self) -> dict[str, float]:
+        """Since the last call."""
+        (images, wait_s), self._read = self._read, (self._images, self._wait_s)
+        began, self._read_at = self._read_at, time.monotonic()
+        return _rates(self._images - images, self._wait_s - wait_s, self._read_at - began)
+
+    def total(self) -> dict[str, float]:
+        """Since the beginning."""
+        return _rates(self._images, self._wait_s, time.monotonic() - self._began)
+
+
+def _rates(images: int, wait_s: float, elapsed_s: float) -> dict[str, float]:
+    return {"images_per_s": images / elapsed_s, "data_wait_fraction": wait_s / elapsed_s}
