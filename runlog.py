@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+T = TypeVar("T")
 
 _QUIET_S = 10.0  # where there is no terminal: seconds between two lines about the same thing
 
@@ -73,6 +76,32 @@ class Bar:
         if not self._log.console.is_terminal and time.monotonic() - self._said_at > _QUIET_S:
             self._said_at = time.monotonic()
             self._log.say(f"{self._description} {done}/{total} {reading}")
+
+
+def counted(batches: Iterable[T], total: int, bar: Bar) -> Iterator[T]:
+    """The batches, each counted on the bar once it is done with."""
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        bar(done, total)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within the block Ctrl-C (and SIGTERM) only asks to stop: the step is finished and saved. Twice means at once."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Metrics:

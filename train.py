@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from presets import Pretrain, parse
-from runlog import Bar, Feed, Metrics, RunLog, make_room, reading, write_json
+from runlog import Feed, Metrics, RunLog, counted, make_room, reading, stop_signals, write_json
 
 # torch's CPU threads must not spin while they wait: the decoding threads need those cores (bench/NOTES.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -140,7 +139,9 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
             scaler.update()
 
             if step % config.run.log_steps == 0 or step == steps - 1:
-                values = {name: float(value.detach()) for name, value in parts._asdict().items()}  # waits for the device
+                values = {
+                    name: float(value.detach()) for name, value in parts._asdict().items()
+                }  # waits for the device
                 if not math.isfinite(values["loss"]):
                     raise ValueError(f"the loss is {values['loss']} at step {step}: try a lower --lr")
                 loss_first = values["loss"] if step == 0 else loss_first
@@ -170,11 +171,12 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
         untrained, trained = build_model().backbone.eval(), model.backbone.eval()
         features = dict(zip(names, (untrained, barlow.pixel_feature, barlow.colour_feature, trained), strict=True))
         with log.bar("kNN test") as bar:
-            test_view = pipeline.center_view(config.data.size)
-            bank, queries = (
-                counted(open_loader(pipeline.at_most(n, store), test_view, 128, shuffle=False), bar)
-                for store, n in ((train_store, _KNN_BANK), (test_store, _KNN_QUERIES))
-            )
+
+            def test_views(store: Store, most: int) -> Iterator[Batch]:
+                loader = open_loader(pipeline.at_most(most, store), pipeline.center_view(config.data.size), 128, False)
+                return counted(loader.epoch(0), len(loader), bar)
+
+            bank, queries = test_views(train_store, _KNN_BANK), test_views(test_store, _KNN_QUERIES)
             scores |= barlow.knn_accuracies(bank, queries, features)
     summary = {
         "preset": preset,
@@ -227,32 +229,6 @@ def open_stores(preset: str, config: Pretrain, log: RunLog) -> tuple[Store, Stor
     train_part, test_part = pipeline.hold_out(train_store, config.data.hold_out, config.run.seed)
     log.say(f"{len(test_part):,} images are kept out of training for the kNN test (--hold-out)")
     return train_part, test_part
-
-
-def counted(loader: Loader, bar: Bar) -> Iterator[Batch]:
-    """All batches of the loader, with a bar."""
-    for done, batch in enumerate(loader.epoch(0), 1):
-        yield batch
-        bar(done, len(loader))
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block Ctrl-C (and SIGTERM) only asks to stop: the step is finished and saved. Twice means at once."""
-    asked = False
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
