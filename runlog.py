@@ -13,9 +13,18 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -27,12 +36,13 @@ class RunLog:
 
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-        self._bars = Progress(
+        self._bars = _BarsAboveReadings(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[reading]}"),
-            TimeRemainingColumn(compact=True),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
@@ -62,6 +72,14 @@ class RunLog:
         for name, value in rows.items():
             grid.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
         self.console.print(grid)
+
+
+class _BarsAboveReadings(Progress):
+    """Bars, and below them what was last read: both at once are too wide for many a terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(f"  {task.fields['reading']}") for task in self.tasks if task.fields["reading"])
 
 
 class Bar:
@@ -147,9 +165,9 @@ def reading(values: dict[str, float]) -> str:
     if not values:
         return ""
     return (
-        f"loss {values['loss']:.4g} (invariance {values['invariance']:.3g}, redundancy {values['redundancy']:.3g}) "
-        f"diagonal {values['diagonal_mean']:.2f} off-diagonal {values['off_diagonal_rms']:.3f} · "
-        f"{values['images_per_s']:.0f} images/s, waits {values['data_wait_fraction']:.0%}"
+        f"loss {values['loss']:.4g} (invariance {values['invariance']:.4g}, redundancy {values['redundancy']:.4g}), "
+        f"diagonal {values['diagonal_mean']:.2f}, off-diagonal {values['off_diagonal_rms']:.3f}, "
+        f"{values['images_per_s']:.0f} images/s, data wait {values['data_wait_fraction']:.0%}"
     )
 
 
