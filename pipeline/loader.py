@@ -128,9 +128,10 @@ class Loader:
                     raise item
                 batch, distorted = item
                 if distorted is not None:  # the consumer's stream waits, its thread does not
-                    torch.cuda.current_stream().wait_event(distorted)
+                    consumer = torch.cuda.current_stream(self.device)
+                    consumer.wait_event(distorted)
                     for tensor in (*batch.views, batch.labels):
-                        tensor.record_stream(torch.cuda.current_stream())
+                        tensor.record_stream(consumer)
                 yield batch
         finally:
             stop.set()

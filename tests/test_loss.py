@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -105,29 +106,43 @@ def test_autocast_around_the_network_leaves_the_loss_in_float32(n: int, d: int, 
     torch.testing.assert_close(loss.double(), exact, rtol=2e-5, atol=0)
 
 
-def _gradients_of_a_rank(rank: int, world: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    found = {}
+Found = dict[tuple[int, int, str], list[Tensor]]
+
+
+def gradients_of_a_rank(rank: int, folder: Path) -> None:
+    """Saves what rank `rank` of two receives for its half of each batch."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=100)
+    )
+    found: Found = {}
     for n, d in SHAPES:
         for form in ("dxd", "nxn"):
-            mine = [z.chunk(world)[rank].clone().requires_grad_() for z in embeddings(2 * n, d)]
+            mine = [z.chunk(2)[rank].clone().requires_grad_() for z in embeddings(2 * n, d)]
             parts = barlow_loss(normalize(mine[0]), normalize(mine[1]), 0.0051, form)
             found[n, d, form] = [*(part.detach() for part in parts), *gradients(parts.loss, *mine)]
-    torch.save(found, Path(folder) / f"rank{rank}.pt")
+    torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
+def rank_one(_: int, folder: Path) -> None:
+    gradients_of_a_rank(1, folder)
+
+
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[int, int, str], list[Tensor]]]:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+    """This process is rank 0, which saves the other one's start."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_gradients_of_a_rank, (2, str(folder)), nprocs=2)
+    other = torch.multiprocessing.spawn(rank_one, (folder,), join=False)
+    gradients_of_a_rank(0, folder)
+    while not other.join():
+        pass
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("form", ["dxd", "nxn"])
 @pytest.mark.parametrize(("n", "d"), SHAPES)
 def test_two_ranks_have_the_loss_and_the_gradients_of_one(
-    two_ranks: list[dict[tuple[int, int, str], list[Tensor]]], n: int, d: int, form: str
+    two_ranks: list[Found], n: int, d: int, form: str
 ) -> None:
     whole = [z.requires_grad_() for z in embeddings(2 * n, d)]
     loss = plain_loss(*whole, 0.0051)

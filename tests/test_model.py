@@ -216,7 +216,7 @@ def test_lars_takes_the_steps_of_its_derivation(clip: bool, wd: float) -> None:
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     momenta = {name: torch.zeros_like(p) for name, p in expected.items()}
     generator = torch.Generator().manual_seed(0)
-    for lr in (0.0, 0.2, 1.0, 4.0, 0.1):
+    for lr in (0.0, 4.0, 0.2, 1.0, 0.1):
         for group in optimizer.param_groups:
             group["lr"] = lr if group["adapt"] else lr / 10
         for name, p in model.named_parameters():

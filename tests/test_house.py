@@ -1,0 +1,110 @@
+"""The lines that hold the house together: who may import whom, and how much there is to read."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+VERBS = [ROOT / f"{name}.py" for name in ("train", "convert", "evaluate")]
+CHAPTERS = [path for path in (*VERBS, ROOT / "presets.py", ROOT / "runlog.py") if path.exists()]
+ROOMS = [path for room in ("pipeline", "model") for path in sorted((ROOT / room).rglob("*.py"))]
+BENCH = sorted((ROOT / "bench").rglob("*.py"))
+OWN = {path.stem for path in CHAPTERS} | {"pipeline", "model", "bench"}
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path, *, at_module_level: bool = False) -> Iterator[str]:
+    """Absolute names of the modules that a file imports; relative ones are resolved."""
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree))
+    if at_module_level:  # what runs when it is imported: not in functions, nor for type checkers alone
+        lazy = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.Lambda))]
+        lazy += [n for n in nodes if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+        inside = {id(child) for node in lazy for child in ast.walk(node)}
+        nodes = [node for node in nodes if id(node) not in inside]
+    package = path.relative_to(ROOT).parent.parts
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*above, node.module or "")).strip(".")
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def tops(path: Path, *, at_module_level: bool = False) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path, at_module_level=at_module_level)}
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=named)
+def test_a_room_imports_neither_the_other_nor_a_verb(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    assert tops(path) & OWN <= {room}
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=named)
+def test_within_a_room_imports_are_relative(path: Path) -> None:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    absolute = {name.partition(".")[0] for node in nodes if isinstance(node, ast.Import) for name in _names(node)}
+    absolute |= {
+        (node.module or "").partition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level == 0
+    }
+    assert not absolute & OWN
+
+
+def _names(node: ast.Import) -> list[str]:
+    return [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize("path", [*CHAPTERS, *ROOMS, *BENCH], ids=named)
+def test_nothing_imports_a_verb(path: Path) -> None:
+    assert not tops(path) & {verb.stem for verb in VERBS}
+
+
+@pytest.mark.parametrize("name", ["train", "convert", "evaluate", "presets", "runlog"])
+def test_the_command_line_is_answered_before_torch_is_loaded(name: str) -> None:
+    path = ROOT / f"{name}.py"
+    if path.exists():
+        assert not tops(path, at_module_level=True) & {"torch", "torchvision", "pipeline", "model", "bench"}
+
+
+@pytest.mark.parametrize(("library", "home"), [("nvidia.dali", "dali.py"), ("ffcv", "ffcv.py")])
+def test_a_decoders_library_is_imported_in_its_file_alone(library: str, home: str) -> None:
+    users = {
+        named(path)
+        for path in (*CHAPTERS, *ROOMS)
+        if any(name == library or name.startswith(library + ".") for name in imports(path))
+    }
+    assert users <= {f"pipeline/decoders/{home}"}
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_the_whole_is_read_in_one_evening() -> None:
+    sizes = {named(path): lines(path) for path in (*CHAPTERS, *ROOMS)}
+    assert sum(sizes.values()) <= 4000
+    assert sizes["train.py"] <= 250
+    assert not {name: size for name, size in sizes.items() if size > 330}
+    readme = ROOT / "README.md"
+    assert not readme.exists() or lines(readme) <= 200
+
+
+def test_no_tracked_file_is_large_and_none_is_a_drawer() -> None:
+    found = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("not a git checkout")
+    tracked = [ROOT / name for name in found.stdout.split("\0") if name and (ROOT / name).exists()]
+    assert not [named(path) for path in tracked if path.stat().st_size > 1 << 20]
+    assert not [named(path) for path in (*tracked, *ROOMS) if path.name == "utils.py"]
