@@ -71,7 +71,7 @@ def test_loss_of_one_dimension_has_no_redundancy() -> None:
         assert float(parts.off_diagonal_rms) < 1e-7
 
 
-@pytest.mark.parametrize(("n", "d"), [(16, 256), (64, 32), (64, 64), (64, 129), (65, 65)])
+@pytest.mark.parametrize(("n", "d"), [(16, 256), (64, 32), (56, 64), (64, 129), (65, 65)])
 def test_auto_takes_the_form_of_fewer_operations(n: int, d: int) -> None:
     def operations(form: str) -> int:
         a, b = (torch.randn(n, d, requires_grad=True) for _ in range(2))
@@ -141,9 +141,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
 
 @pytest.mark.parametrize("form", ["dxd", "nxn"])
 @pytest.mark.parametrize(("n", "d"), SHAPES)
-def test_two_ranks_have_the_loss_and_the_gradients_of_one(
-    two_ranks: list[Found], n: int, d: int, form: str
-) -> None:
+def test_two_ranks_have_the_loss_and_the_gradients_of_one(two_ranks: list[Found], n: int, d: int, form: str) -> None:
     whole = [z.requires_grad_() for z in embeddings(2 * n, d)]
     loss = plain_loss(*whole, 0.0051)
     readings = barlow_loss(*(normalize(z.detach()) for z in whole), 0.0051, form)

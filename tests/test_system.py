@@ -48,7 +48,7 @@ def plain_loop(backbone: nn.Module, projector: nn.Module, batches: Iterator[pipe
         z_a = projector(backbone(view_a))
         z_b = projector(backbone(view_b))
         loss = plain_loss(z_a, z_b)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         grads = torch.autograd.grad(loss, parameters)
         warmup = STEPS // EPOCHS  # one epoch
         if step < warmup:

@@ -1,0 +1,300 @@
+"""The distortions against torchvision's functions in float64, and against the chain of Pillow that the paper used."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as T
+from conftest import picture
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+
+from pipeline import open_loader, open_store
+from pipeline.distort import distort
+from pipeline.recipe import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    RandomResizedCrop,
+    Recipe,
+    View,
+    ViewParams,
+    barlow_twins,
+    draw,
+)
+
+THRESHOLD = 128 / 255
+IDENTITY = (1.0, 1.0, 1.0, 0.0)
+ADJUST = {
+    BRIGHTNESS: T.adjust_brightness,
+    CONTRAST: T.adjust_contrast,
+    SATURATION: T.adjust_saturation,
+    HUE: T.adjust_hue,
+}
+PLAIN = Recipe(32, RandomResizedCrop(), (View(),), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # views in [0, 1]
+
+
+def crops_of(count: int, size: int, views: int = 1) -> Tensor:
+    """Pictures uint8 [V, B, S, S, 3]; flat ones, greys, extremes and pure noise among them."""
+    rng = np.random.default_rng(count)
+    images = [np.asarray(picture(size, size, seed)) for seed in range(views * count)]
+    flat, noise = np.full((size, size, 3), (9, 200, 77), dtype=np.uint8), rng.integers(0, 256, (size, size, 3))
+    special = [flat, noise, np.repeat(noise[..., :1], 3, 2), 255 * (noise > 127), np.zeros_like(flat), flat * 0 + 255]
+    images[: min(len(special), len(images) // 4)] = special[: len(images) // 4]
+    return torch.from_numpy(np.stack(images).astype(np.uint8)).reshape(views, count, size, size, 3)
+
+
+def unchanged(views: int, count: int) -> ViewParams:
+    """Parameters that do nothing."""
+    shape = views, count
+    never = np.zeros(shape, dtype=bool)
+    return ViewParams(
+        boxes=np.zeros((*shape, 4), dtype=np.float32),
+        flip=never,
+        jitter=never,
+        jitter_order=np.broadcast_to(np.arange(4, dtype=np.int8), (*shape, 4)),
+        jitter_factor=np.broadcast_to(np.array(IDENTITY, dtype=np.float32), (*shape, 4)),
+        gray=never,
+        blur_sigma=np.zeros(shape, dtype=np.float32),
+        solarize=never,
+    )
+
+
+def blurred(x: Tensor, sigma: float) -> Tensor:
+    """torchvision's blur with borders replicated far beyond the kernel's reach."""
+    radius = math.ceil(9 * sigma) + 1
+    padded = F.pad(x[None], [radius] * 4, mode="replicate")[0]
+    return T.gaussian_blur(padded, [2 * radius + 1] * 2, [sigma] * 2)[..., radius:-radius, radius:-radius]
+
+
+def before_solarizing(crop: Tensor, row: ViewParams) -> Tensor:
+    """One crop uint8 [S, S, 3] by torchvision in float64, up to and without solarisation; [3, S, S] in [0, 1]."""
+    x = crop.permute(2, 0, 1).double() / 255
+    if row.flip:
+        x = T.hflip(x)
+    if row.jitter:
+        for operation in row.jitter_order:
+            x = ADJUST[int(operation)](x, float(row.jitter_factor[operation]))
+    if row.gray:
+        x = T.rgb_to_grayscale(x, 3)
+    if row.blur_sigma > 0:
+        x = blurred(x, float(row.blur_sigma))
+    return x
+
+
+def close(ours: Tensor, x: Tensor, row: ViewParams, tolerance: float) -> int:
+    """Asserts that `ours` is `x` (solarised, where `row` says so); how many pixels stand at solarisation's threshold.
+
+    Inverted or not, such a pixel is only 1/255 off.
+    """
+    expected = T.solarize(x, THRESHOLD) if row.solarize else x
+    at_threshold = (x - THRESHOLD).abs() < tolerance if row.solarize else torch.zeros_like(x, dtype=torch.bool)
+    off = (ours.double() - expected).abs()
+    assert off.max() <= 1 / 255 + tolerance
+    assert off[~at_threshold].max() <= tolerance
+    return int(at_threshold.sum())
+
+
+# ── all of them together ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=str)
+def test_views_are_torchvisions_in_float64(dtype: torch.dtype, tolerance: float) -> None:
+    """A thousand draws of the paper's two views, within 0.003 levels in float32.
+
+    No pixel has to be left out for the hue: as a map of colours its shift is continuous, though its formula branches.
+    """
+    count, size = 500, 32
+    recipe = barlow_twins(size, blur_p=(1.0, 0.5), solarize_p=(0.0, 0.5))
+    params = draw(recipe, 1, 0, np.arange(count), *np.full((2, count), 100))
+    crops = crops_of(count, size, views=2)
+    mean, std = (torch.tensor(c, dtype=torch.float64)[:, None, None] for c in (recipe.mean, recipe.std))
+    at_threshold = 0
+    for v, view in enumerate(distort(crops, params, recipe, dtype)):
+        assert view.dtype == dtype
+        for i in range(count):
+            row = params.take(v, i)
+            at_threshold += close(view[i].double() * std + mean, before_solarizing(crops[v, i], row), row, tolerance)
+    assert at_threshold < 1e-3 * crops.numel()
+
+
+def test_normalisation_is_torchvisions() -> None:
+    recipe = Recipe(32, RandomResizedCrop(), (View(),), mean=(0.1, 0.2, 0.3), std=(0.5, 0.7, 0.9))
+    crops = crops_of(20, 32)
+    (view,) = distort(crops, unchanged(1, 20), recipe, torch.float64)
+    expected = T.normalize(crops[0].permute(0, 3, 1, 2).double() / 255, list(recipe.mean), list(recipe.std))
+    torch.testing.assert_close(view, expected, rtol=0, atol=1e-12)
+
+
+def pillow_chain(image: Image.Image, row: ViewParams) -> Image.Image:
+    """As in the authors' `Transform`: torchvision's jitter on Pillow images, Pillow's blur and solarisation."""
+    if row.flip:
+        image = T.hflip(image)
+    if row.jitter:
+        for operation in row.jitter_order:
+            image = ADJUST[int(operation)](image, float(row.jitter_factor[operation]))
+    if row.gray:
+        image = T.rgb_to_grayscale(image, 3)
+    if row.blur_sigma > 0:
+        image = image.filter(ImageFilter.GaussianBlur(float(row.blur_sigma)))
+    return ImageOps.solarize(image) if row.solarize else image
+
+
+def test_views_are_near_those_of_the_authors_pillow_chain() -> None:
+    """Pillow rounds to whole levels after every operation and approximates the Gaussian: a level apart on average."""
+    count, size = 500, 64
+    recipe = barlow_twins(size)
+    params = draw(recipe, 2, 0, np.arange(count), *np.full((2, count), 100))
+    crops = torch.from_numpy(np.stack([np.asarray(picture(size, size, seed)) for seed in range(2 * count)]))
+    crops = crops.reshape(2, count, size, size, 3)
+    mean, std = (torch.tensor(c)[:, None, None] for c in (recipe.mean, recipe.std))
+    differences = []
+    for v, view in enumerate(distort(crops, params, recipe)):
+        ours = ((view * std + mean) * 255).permute(0, 2, 3, 1).numpy()
+        for i in range(count):
+            theirs = pillow_chain(Image.fromarray(crops[v, i].numpy()), params.take(v, i))
+            differences.append(np.abs(ours[i] - np.asarray(theirs, dtype=np.float32)).mean())
+    assert len(differences) == 1000
+    assert np.mean(differences) <= 1.5
+
+
+def test_a_batch_is_what_pillow_and_torchvision_make_of_its_draws(photos: Path) -> None:
+    """The whole way from the file: every view has the box and the parameters of its own sample, epoch and view."""
+    store, recipe = open_store(photos), barlow_twins(40)
+    mean, std = (torch.tensor(c)[:, None, None] for c in (recipe.mean, recipe.std))
+    loader = open_loader(store, recipe, batch_size=20, threads=2, seed=11)
+    for step, batch in enumerate(loader.steps(0, 6)):
+        samples = batch.samples.numpy()
+        rows = store.index[samples]
+        params = draw(recipe, 11, step // 3, samples, rows["height"], rows["width"])
+        for v, view in enumerate(batch.views):
+            for i, sample in enumerate(samples):
+                row = params.take(v, i)
+                image = Image.open(store.name(int(sample))).crop(tuple(row.boxes.astype(int).tolist()))
+                crop = torch.from_numpy(np.array(image.resize((40, 40), Image.Resampling.BICUBIC)))
+                x = before_solarizing(crop, row)
+                expected = T.solarize(x, THRESHOLD) if row.solarize else x
+                assert (view[i] * std + mean - expected).abs().mean() <= 1 / 255
+
+
+# ── each of them alone ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("operation", [BRIGHTNESS, CONTRAST, SATURATION, HUE])
+def test_each_jitter_is_torchvisions(operation: int) -> None:
+    factors = (-0.5, -0.1, -1 / 6, 0.03, 1 / 3, 0.5) if operation == HUE else (0.0, 0.37, 0.99, 1.2, 2.5)
+    crops = crops_of(len(factors) * 6, 32)
+    params = unchanged(1, crops.shape[1])
+    factor = params.jitter_factor.copy()
+    factor[..., operation] = np.tile(factors, 6)
+    params = params._replace(jitter=~params.jitter, jitter_factor=factor)
+    (view,) = distort(crops, params, PLAIN, torch.float64)
+    for i, crop in enumerate(crops[0]):
+        expected = ADJUST[operation](crop.permute(2, 0, 1).double() / 255, float(factor[0, i, operation]))
+        torch.testing.assert_close(view[i], expected, rtol=0, atol=1e-11)
+
+
+def test_hue_is_exact_where_its_formula_branches() -> None:
+    """Every colour of a 9 x 9 x 9 grid, all ties and greys among them, by shifts of whole sextants and halves."""
+    level = torch.linspace(0, 255, 9).round().byte()
+    colours = torch.cartesian_prod(level, level, level).reshape(1, 27, 27, 3)
+    shifts = [i / 12 for i in range(-6, 7) if i]
+    params = unchanged(1, len(shifts))
+    factor = params.jitter_factor.copy()
+    factor[0, :, HUE] = shifts
+    params = params._replace(jitter=~params.jitter, jitter_factor=factor)
+    (view,) = distort(colours.expand(len(shifts), -1, -1, -1)[None], params, PLAIN, torch.float64)
+    for i in range(len(shifts)):
+        expected = T.adjust_hue(colours[0].permute(2, 0, 1).double() / 255, float(factor[0, i, HUE]))
+        torch.testing.assert_close(view[i], expected, rtol=0, atol=1e-11)
+
+
+def test_the_flip_mirrors_left_and_right() -> None:
+    crops = crops_of(8, 32)
+    params = unchanged(1, 8)._replace(flip=np.arange(8)[None] % 2 == 0)
+    (view,) = distort(crops, params, PLAIN)
+    expected = crops[0].numpy().copy()
+    expected[::2] = expected[::2, :, ::-1]
+    assert torch.equal(view.permute(0, 2, 3, 1), torch.from_numpy(expected) / 255)
+
+
+def test_grey_is_torchvisions() -> None:
+    crops = crops_of(24, 32)
+    params = unchanged(1, 24)
+    (view,) = distort(crops, params._replace(gray=~params.gray), PLAIN, torch.float64)
+    expected = T.rgb_to_grayscale(crops[0].permute(0, 3, 1, 2).double() / 255, 3)
+    torch.testing.assert_close(view, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [9, 32, 97])
+def test_blur_is_the_gaussian_with_replicated_borders(size: int) -> None:
+    sigmas = np.array([0.1, 0.3, 0.7, 1.0, 1.5, 2.0], dtype=np.float32)
+    crops = crops_of(12, size)
+    params = unchanged(1, 12)._replace(blur_sigma=np.tile(sigmas, 2)[None])
+    (view,) = distort(crops, params, PLAIN, torch.float64)
+    for i in range(12):
+        expected = blurred(crops[0, i].permute(2, 0, 1).double() / 255, float(params.blur_sigma[0, i]))
+        torch.testing.assert_close(view[i], expected, rtol=0, atol=1e-9)
+
+
+def test_solarising_inverts_128_and_more() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16, 1).expand(-1, -1, -1, -1, 3)
+    params = unchanged(1, 1)
+    (view,) = distort(levels, params._replace(solarize=~params.solarize), PLAIN)
+    expected = ImageOps.solarize(Image.fromarray(levels[0, 0].numpy()), 128)
+    assert np.array_equal((255 * view[0]).round().permute(1, 2, 0), expected)
+
+
+# ── only what is asked for ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_parameters_that_do_nothing_leave_pixels_as_they_were() -> None:
+    crops = crops_of(16, 32, views=2)
+    expected = crops.permute(0, 1, 4, 2, 3) / 255
+    still = unchanged(2, 16)
+    for params in (still, still._replace(jitter=~still.jitter), still._replace(jitter_factor=still.jitter_factor + 1)):
+        for view, as_before in zip(distort(crops, params, PLAIN), expected, strict=True):
+            assert torch.equal(view, as_before)
+
+
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    count, size = 70, 48
+    recipe = barlow_twins(size, blur_p=(1.0, 0.3))
+    params = draw(recipe, 5, 0, np.arange(count), *np.full((2, count), 100))
+    crops = crops_of(count, size, views=2)
+    together = distort(crops, params, recipe)
+    for i in range(count):
+        alone = distort(crops[:, i : i + 1], params.take(slice(None), slice(i, i + 1)), recipe)
+        for a, b in zip(alone, together, strict=True):
+            torch.testing.assert_close(a[0], b[i], rtol=0, atol=4e-6)  # 1e-6 before the division by std
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_views_have_the_type_and_the_layout_asked_for(dtype: torch.dtype) -> None:
+    recipe = barlow_twins(32)
+    params = draw(recipe, 0, 0, np.arange(9), *np.full((2, 9), 100))
+    crops = crops_of(9, 32, views=2)
+    before = crops.clone()
+    exact = distort(crops, params, recipe, torch.float32)
+    for view, reference in zip(distort(crops, params, recipe, dtype), exact, strict=True):
+        assert view.dtype == dtype
+        assert view.shape == (9, 3, 32, 32)
+        assert view.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(view.to(torch.float32), reference.to(dtype).float(), rtol=0, atol=1e-4)
+    assert torch.equal(crops, before)
+
+
+def test_crops_may_have_any_strides() -> None:
+    recipe = barlow_twins(32)
+    params = draw(recipe, 0, 0, np.arange(9), *np.full((2, 9), 100))
+    crops = crops_of(9, 32, views=2)
+    planar = crops.permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2)
+    assert planar.stride() != crops.stride()
+    for a, b in zip(distort(planar, params, recipe), distort(crops, params, recipe), strict=True):
+        assert torch.equal(a, b)

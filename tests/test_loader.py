@@ -1,0 +1,332 @@
+"""Batches: what is in them, what happens to images that turn bad, and what is left when nobody wants more."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_photos
+
+from pipeline import Batch, Loader, Store, Subset, barlow_twins, center_view, open_loader, open_store
+from pipeline.order import Samples, epoch_order
+
+SEED, BATCH = 7, 6
+RECIPE = barlow_twins(24)
+
+
+@pytest.fixture
+def own_photos(tmp_path: Path) -> Path:
+    """26 images that a test may spoil: four whole batches of six, and two."""
+    return write_photos(tmp_path, 26)
+
+
+def loader_of(store: Store, batch_size: int = BATCH, **options: Any) -> Loader:
+    return open_loader(store, RECIPE, batch_size=batch_size, threads=2, seed=SEED, **options)
+
+
+def assert_same(a: list[Batch], b: list[Batch]) -> None:
+    """To the bit."""
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        for x, y in zip((*left.views, *left[1:]), (*right.views, *right[1:]), strict=True):
+            assert torch.equal(x, y)
+
+
+# ── what is in a batch ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_batch_holds_two_views_and_the_labels_of_its_samples(photos: Path) -> None:
+    store = open_store(photos)
+    loader = loader_of(store, 16)
+    assert len(loader) == 3
+    batches = list(loader.epoch(0))
+    assert len(batches) == 3
+    for batch in batches:
+        assert [view.shape for view in batch.views] == [(16, 3, 24, 24)] * 2
+        assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
+        assert batch.labels.dtype == batch.samples.dtype == torch.int64
+        folders = [Path(store.name(sample)).parent.name for sample in batch.samples.tolist()]
+        assert folders == [store.classes[label] for label in batch.labels.tolist()]
+    samples = torch.cat([batch.samples for batch in batches])
+    assert len(samples.unique()) == 48
+    assert samples.tolist() == epoch_order(60, SEED, 0)[:48].tolist()
+    assert loader.bad == {}
+
+
+def test_without_shuffle_samples_come_in_order_and_the_last_batch_is_short(photos: Path) -> None:
+    loader = loader_of(open_store(photos), 16, shuffle=False)
+    assert len(loader) == 4
+    batches = list(loader.epoch(3))
+    assert [len(batch.samples) for batch in batches] == [16, 16, 16, 12]
+    assert [len(batch.views[0]) for batch in batches] == [16, 16, 16, 12]
+    assert torch.cat([batch.samples for batch in batches]).tolist() == list(range(60))
+
+
+def test_images_without_classes_have_the_label_minus_one(photos: Path) -> None:
+    (batch,) = loader_of(open_store(photos / "class0"), 20).epoch(0)
+    assert batch.labels.tolist() == [-1] * 20
+
+
+def test_views_come_in_the_type_asked_for(photos: Path) -> None:
+    store = open_store(photos)
+    (exact,), (half,) = (loader_of(store, 60, dtype=dtype).epoch(0) for dtype in (torch.float32, torch.bfloat16))
+    for a, b in zip(exact.views, half.views, strict=True):
+        assert torch.equal(a.to(torch.bfloat16), b)
+        assert b.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_loader_can_be_run_again_and_twice_at_once(photos: Path) -> None:
+    loader = loader_of(open_store(photos), 20)
+    once = list(loader.epoch(0))
+    pairs = list(zip(loader.epoch(0), loader.epoch(0), strict=True))
+    assert_same([a for a, _ in pairs], once)
+    assert_same([b for _, b in pairs], once)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch size is 0: it must be at least 1"),
+        ({"batch_size": 61}, "60 images are fewer than one batch of 61: take a batch size of at most 60"),
+        ({"batch_size": 31, "world": 2}, "60 images are fewer than one batch of 62: take a batch size of at most 30"),
+        ({"rank": 2, "world": 2}, "rank 2 is outside a world of 2"),
+        ({"decoder": "jpeg9000"}, "unknown decoder 'jpeg9000': choose auto or .*torchvision"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused_with_the_remedy(photos: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loader_of(open_store(photos), **options)
+
+
+# ── images that turn bad ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def spoil(store: Store, samples: list[int]) -> None:
+    """In turn: cut short, removed, replaced by one of another size."""
+    for i, sample in enumerate(samples):
+        path = Path(store.name(sample))
+        if i % 3 == 0:
+            path.write_bytes(path.read_bytes()[:-60])
+        elif i % 3 == 1:
+            path.unlink()
+        else:
+            path.write_bytes(Path(store.name((sample + 1) % len(store))).read_bytes())
+
+
+REASONS = ("truncated", "cannot be read, or is empty", "when it was indexed")
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "stand_ins"),
+    [  # positions in the order of epoch 0; batches of 6 of 26 images
+        ([8], {8: 14}),
+        ([7, 8, 11], {7: 13, 8: 14, 11: 17}),
+        ([1, 7], {1: 13, 7: 13}),  # the first that could stand in is bad as well
+        ([20], {20: 0}),  # (20 + 6) % 26
+        ([23], {23: 3}),
+        ([2, 8, 14, 20], {2: 0 + 6, 8: 0, 14: 0, 20: 0}),  # 26 - 26 = 0 is in the batch of 2: the next is 6
+        ([0, 6, 12, 18, 24, 2, 8, 14, 20], {0: 10, 2: 10 + 0, 6: 4, 8: 4, 12: 4, 14: 4, 18: 4, 20: 4}),
+    ],
+    ids=str,
+)
+def test_bad_images_are_replaced_from_the_same_place_of_later_batches(
+    own_photos: Path, spoilt: list[int], stand_ins: dict[int, int]
+) -> None:
+    store = open_store(own_photos)
+    order = epoch_order(26, SEED, 0)
+    good = list(loader_of(store).epoch(0))
+    spoil(store, order[spoilt].tolist())
+    loader = loader_of(store)
+    batches = list(loader.epoch(0))
+    assert len(batches) == 4
+    expected = order[:24].copy()
+    taken: dict[int, set[int]] = {}
+    for position in sorted(stand_ins):
+        expected[position] = order[expected_stand_in(position, spoilt, taken.setdefault(position // BATCH, set()))]
+    assert torch.cat([batch.samples for batch in batches]).tolist() == expected.tolist()
+    if len(spoilt) <= 4:  # by hand
+        assert {p: int(np.flatnonzero(order == expected[p])[0]) for p in stand_ins} == stand_ins
+    for batch, before in zip(batches, good, strict=True):
+        assert len(batch.samples.unique()) == BATCH
+        assert torch.equal(batch.labels, torch.from_numpy(store.index["label"][batch.samples].astype(np.int64)))
+        kept = batch.samples == before.samples
+        for a, b in zip(batch.views, before.views, strict=True):
+            assert torch.equal(a[kept], b[kept])
+            assert all(not torch.equal(a[i], b[i]) for i in np.flatnonzero(~kept))
+    assert sorted(loader.bad) == sorted(order[spoilt].tolist())
+    for i, position in enumerate(spoilt):
+        assert REASONS[i % 3] in loader.bad[int(order[position])]
+
+    assert_same(list(loader.epoch(0)), batches)  # all bad ones are known now
+    for first in range(1, 4):  # as after a resume, where none is
+        assert_same(list(loader_of(store).epoch(0, first)), batches[first:])
+
+
+def expected_stand_in(position: int, spoilt: list[int], taken: set[int]) -> int:
+    """p + G, p + 2 G, ... modulo n: the first that is good, not of the own batch and not taken."""
+    candidate = (position + BATCH) % 26
+    while candidate in spoilt or candidate // BATCH == position // BATCH or candidate in taken:
+        candidate = (candidate + BATCH) % 26
+    taken.add(candidate)
+    return candidate
+
+
+def test_a_stand_in_has_the_views_of_its_own_sample(own_photos: Path) -> None:
+    store = open_store(own_photos)
+    order = epoch_order(26, SEED, 0)
+    good = list(loader_of(store).epoch(0))
+    spoil(store, [int(order[3])])
+    batches = list(loader_of(store).epoch(0))
+    for a, b in zip(batches[0].views, good[1].views, strict=True):  # 3 + 6 = 9: place 3 of the next batch
+        torch.testing.assert_close(a[3], b[3], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["found out", "known before"])
+def test_without_shuffle_bad_images_are_left_out(own_photos: Path, known: bool) -> None:
+    store = open_store(own_photos)
+    good = list(loader_of(store, shuffle=False).epoch(0))
+    spoil(store, [1, 4, *range(12, 18), 25])
+    loader = loader_of(store, shuffle=False)
+    if known:
+        list(loader.epoch(0))
+    batches = list(loader.epoch(0))
+    left = [[0, 2, 3, 5], [6, 7, 8, 9, 10, 11], [18, 19, 20, 21, 22, 23], [24]]
+    assert [batch.samples.tolist() for batch in batches] == left
+    assert sorted(loader.bad) == [1, 4, *range(12, 18), 25]
+    for batch, before in zip(batches, [good[0], good[1], good[3], good[4]], strict=True):
+        kept = torch.isin(before.samples, batch.samples)
+        assert torch.equal(batch.labels, before.labels[kept])
+        for a, b in zip(batch.views, before.views, strict=True):
+            torch.testing.assert_close(a, b[kept], rtol=0, atol=1e-5)
+
+
+def test_where_no_image_is_left_the_error_names_files(own_photos: Path) -> None:
+    store = open_store(own_photos)
+    for i in range(26):
+        Path(store.name(i)).unlink()
+    with pytest.raises(ValueError, match=r"(?s)cannot be decoded.*class\d/00\d\d\.jpg: it cannot be read"):
+        list(loader_of(store).epoch(0))
+
+
+# ── what is left behind ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Moody(Subset):
+    """A store whose disk fails while it reads a certain sample."""
+
+    def __init__(self, store: Store, fails_at: int) -> None:
+        super().__init__(store, np.arange(len(store)))
+        self.fails_at = fails_at
+
+    def read_batch(self, samples: Samples) -> list[bytes]:
+        if self.fails_at in samples:
+            raise RuntimeError("the disk is on fire")
+        return super().read_batch(samples)
+
+
+def break_out(loader: Loader) -> None:
+    for _ in loader.epoch(0):
+        break
+
+
+def close(loader: Loader) -> None:
+    batches = loader.epoch(0)
+    next(batches)
+    batches.close()
+
+
+def drop(loader: Loader) -> None:
+    batches = loader.epoch(0)
+    next(batches)
+    next(batches)
+    del batches
+
+
+def never_begin(loader: Loader) -> None:
+    loader.epoch(0)
+    loader.epoch(0).close()
+
+
+def run_out(loader: Loader) -> None:
+    assert len(list(loader.epoch(0))) == len(loader)
+
+
+def fail_in_the_consumer(loader: Loader) -> None:
+    def consume() -> None:
+        for _ in loader.epoch(0):
+            raise KeyError("in the training step")
+
+    with pytest.raises(KeyError):
+        consume()
+
+
+@pytest.mark.parametrize("leave", [break_out, close, drop, never_begin, run_out, fail_in_the_consumer])
+def test_no_thread_outlives_its_iterator(photos: Path, leave: Callable[[Loader], None]) -> None:
+    loader = loader_of(open_store(photos))
+    before = set(threading.enumerate())
+    for _ in range(20):
+        leave(loader)
+        assert set(threading.enumerate()) == before
+
+
+def test_an_error_while_reading_reaches_the_consumer_and_leaves_no_thread(photos: Path) -> None:
+    order = epoch_order(60, SEED, 0)
+    loader = loader_of(Moody(open_store(photos), fails_at=int(order[31])))  # in batch 5
+    before = set(threading.enumerate())
+    for _ in range(20):
+        seen = 0
+        with pytest.raises(RuntimeError, match="the disk is on fire"):
+            for _ in loader.epoch(0):
+                seen += 1
+        assert seen <= 5
+        assert set(threading.enumerate()) == before
+    assert loader.bad == {}
+
+
+def test_an_iterator_that_is_left_waiting_can_be_closed(photos: Path) -> None:
+    """Its thread stands before a full queue."""
+    loader = loader_of(open_store(photos))
+    before = set(threading.enumerate())
+    batches = loader.steps(0, 1000)
+    next(batches)
+    threading.Event().wait(0.5)
+    batches.close()
+    assert set(threading.enumerate()) == before
+
+
+def threads_of_torch() -> tuple[int, int]:
+    """In this thread, and in one made now."""
+    elsewhere: list[int] = []
+    thread = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return torch.get_num_threads(), elsewhere[0]
+
+
+def test_torchs_own_threads_stay_as_they_were(photos: Path) -> None:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        loader = loader_of(open_store(photos))
+        for _ in loader.epoch(0):
+            assert threads_of_torch() == (3, 3)
+        assert threads_of_torch() == (3, 3)
+    finally:
+        torch.set_num_threads(usual)
+
+
+def test_test_views_pass_through_the_same_loader(photos: Path) -> None:
+    loader = open_loader(open_store(photos), center_view(32), batch_size=25, threads=2, shuffle=False)
+    batches = list(loader.epoch(0))
+    assert [[view.shape for view in batch.views] for batch in batches] == [
+        [(25, 3, 32, 32)],
+        [(25, 3, 32, 32)],
+        [(10, 3, 32, 32)],
+    ]
+    assert_same(list(loader.epoch(9)), batches)
