@@ -251,6 +251,14 @@ def test_draws_of_a_sample_do_not_depend_on_its_company() -> None:
         assert np.array_equal(a, b[:, chosen]), name
 
 
+def test_no_samples_have_no_draws() -> None:
+    none = np.empty(0, dtype=np.int64)
+    for recipe in (RECIPE, center_view(8)):
+        params = draw(recipe, 0, 0, none, none, none)
+        for name, field in zip(ViewParams._fields, params, strict=True):
+            assert field.shape[:2] == (len(recipe.views), 0), name
+
+
 def test_take_indexes_every_field_by_view_and_sample(params: ViewParams) -> None:
     some = params.take(1, slice(10, 30))
     for name, a, b in zip(ViewParams._fields, some, params, strict=True):

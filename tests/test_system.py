@@ -77,8 +77,9 @@ def test_twenty_steps_are_those_of_a_plain_loop(tmp_path: Path, monkeypatch: pyt
         **{"epochs": EPOCHS, "batch-size": BATCH, "lr": LR, "lr-biases": LR_BIASES, "weight-decay": WD},
         **{"eta": ETA, "momentum": MOMENTUM, "warmup-epochs": 1, "width": 64},
     }
+    arguments = [*(f"--{name}={value}" for name, value in options.items()), "--blur-sigma", "0.1", "2.0"]
     with RunLog() as log:
-        assert train.main(*parse([f"--{name}={value}" for name, value in options.items()]), log) == 0
+        assert train.main(*parse(arguments), log) == 0
 
     torch.manual_seed(3)
     start = barlow.BarlowTwins(barlow.build_backbone("resnet18"), "48-48-48", LAMBD).state_dict()
