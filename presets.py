@@ -225,7 +225,7 @@ PRESETS = {
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, Pretrain]:
     """The name of the preset (`demo` where none is named) and its configuration, from the command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    name = next((word for word in arguments if word in PRESETS), "demo")
+    name = arguments[0] if arguments and arguments[0] in PRESETS else "demo"
     presets = tyro.extras.subcommand_type_from_defaults(
         {preset: make() for preset, make in PRESETS.items()},
         {preset: inspect.getdoc(make) or "" for preset, make in PRESETS.items()},

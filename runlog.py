@@ -130,8 +130,10 @@ class Metrics:
         if step and path.exists():
             lines = (line for line in path.read_text().splitlines() if line.endswith("}"))  # the last may be torn
             kept = [line + "\n" for line in lines if json.loads(line)["step"] < step]
-        self._file = open(path, "w", buffering=1)  # noqa: SIM115  # closed by __exit__
-        self._file.writelines(kept)
+        temporary = path.with_name(path.name + ".tmp")  # killed while it rewrites them, a run still has its metrics
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115  # closed by __exit__
 
     def __enter__(self) -> Metrics:
         return self

@@ -105,7 +105,7 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
     first_step, loss_first, values = 0, math.nan, {}
     if config.run.resume:
         saved = barlow.load_checkpoint(checkpoint, device)
-        if changes := barlow.configuration_changes(saved["settings"], settings):
+        if changes := barlow.configuration_changes(saved.get("settings", {}), settings):
             raise ValueError(f"{checkpoint} has another configuration, resume it with its own: " + "; ".join(changes))
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])

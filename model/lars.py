@@ -49,10 +49,8 @@ class LARS(Optimizer):
                 continue
             grads = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
             if group["adapt"]:
-                rates = _layer_rates(params, grads, group["eta"])
-                if group["clip"]:
-                    rates = [(rate / group["lr"]).clamp(max=1) for rate in rates]
-                torch._foreach_mul_(grads, rates)
+                clip_lr = group["lr"] if group["clip"] else None
+                torch._foreach_mul_(grads, _layer_rates(params, grads, group["eta"], clip_lr))
             for p in params:
                 if p not in self.state or "mu" not in self.state[p]:
                     self.state[p]["mu"] = torch.zeros_like(p)
@@ -62,8 +60,11 @@ class LARS(Optimizer):
             torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
 
-def _layer_rates(params: list[Tensor], grads: tuple[Tensor, ...], eta: float) -> list[Tensor]:
-    """eta * |p| / |g|, and 1 where either norm is 0."""
+def _layer_rates(params: list[Tensor], grads: tuple[Tensor, ...], eta: float, clip_lr: float | None) -> list[Tensor]:
+    """eta * |p| / |g|, or min(that / clip_lr, 1); and 1 where either norm is 0."""
     p_norms, g_norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
     usable = (p_norms > 0) & (g_norms > 0)
-    return list(torch.where(usable, eta * p_norms / g_norms, 1.0).unbind())
+    rates = eta * p_norms / g_norms
+    if clip_lr is not None:
+        rates = (rates / clip_lr).clamp(max=1)
+    return list(torch.where(usable, rates, 1.0).unbind())

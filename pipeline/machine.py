@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,8 @@ def find_device(name: str = "auto") -> torch.device:
     """
     if name == "cpu":
         return torch.device("cpu")
+    if not re.fullmatch(r"auto|cuda(:\d+)?", name):
+        raise ValueError(f"device is {name!r}: choose auto, cpu, cuda or cuda:N")
     with warnings.catch_warnings(record=True) as caught:  # torch says here what it dislikes about the driver
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()

@@ -223,7 +223,7 @@ BAD = {
     "half a png": (PNG[: len(PNG) // 2], "truncated"),
     "half a webp": (WEBP[: len(WEBP) // 2], "."),
     "another size": (encoded(picture(30, 41)), "30 x 41 pixels, but 41 x 30 when it was indexed"),
-    "no height": (jpeg(41, 0), "41 x 0"),
+    "no height": (jpeg(41, 0), "its size is 41 x 0 pixels"),
     "a jpeg bomb": (jpeg(20_000, 20_000), "20000 x 20000 pixels: more than"),
     "a png bomb": (png(20_000, 20_000, b""), "400000000 pixels"),
     "a smaller png bomb": (png(10_000, 10_000, b""), "10000 x 10000 pixels: more than"),
@@ -258,11 +258,13 @@ def test_images_of_one_pixel_decode() -> None:
         assert np.array_equal(decode(data, 1, 1).permute(1, 2, 0), by_pillow(data))
 
 
-def test_sizes_are_read_past_long_segments_and_fill_bytes() -> None:
+def test_sizes_are_read_past_long_segments_tables_and_fill_bytes() -> None:
     plain = encoded(picture(41, 30))
+    frame, tables, scan = (plain.index(marker) for marker in (b"\xff\xc0", b"\xff\xc4", b"\xff\xda"))
+    tables_first = plain[:frame] + plain[tables:scan] + plain[frame:tables] + plain[scan:]
     thumbnail = encoded(picture(16, 9))  # a size of its own, inside a segment that must be skipped
     segment = b"\xff\xe1" + struct.pack(">H", 65_535) + thumbnail.ljust(65_533, b"\xff")
-    for data in (plain[:2] + 3 * segment + plain[2:], plain[:2] + b"\xff\xff\xff" + plain[2:]):
+    for data in (plain[:2] + 3 * segment + plain[2:], plain[:2] + b"\xff\xff\xff" + plain[2:], tables_first):
         assert image_size(data) == (30, 41)
         assert np.array_equal(decode(data, 30, 41), decode(plain, 30, 41))
 

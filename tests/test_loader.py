@@ -214,7 +214,7 @@ def test_where_no_image_is_left_the_error_names_files(own_photos: Path) -> None:
 
 
 class Moody(Subset):
-    """A store whose disk fails while it reads a certain sample."""
+    """A store whose disk fails the first time it reads a certain sample."""
 
     def __init__(self, store: Store, fails_at: int) -> None:
         super().__init__(store, np.arange(len(store)))
@@ -222,6 +222,7 @@ class Moody(Subset):
 
     def read_batch(self, samples: Samples) -> list[bytes]:
         if self.fails_at in samples:
+            self.fails_at = -1
             raise RuntimeError("the disk is on fire")
         return super().read_batch(samples)
 
@@ -273,15 +274,15 @@ def test_no_thread_outlives_its_iterator(photos: Path, leave: Callable[[Loader],
 
 def test_an_error_while_reading_reaches_the_consumer_and_leaves_no_thread(photos: Path) -> None:
     order = epoch_order(60, SEED, 0)
-    loader = loader_of(Moody(open_store(photos), fails_at=int(order[31])))  # in batch 5
     before = set(threading.enumerate())
     for _ in range(20):
+        loader = loader_of(Moody(open_store(photos), fails_at=int(order[31])))  # in batch 5
         seen: list[Batch] = []
         with pytest.raises(RuntimeError, match="the disk is on fire"):
             seen.extend(loader.epoch(0))
         assert len(seen) <= 5
         assert set(threading.enumerate()) == before
-    assert loader.bad == {}
+        assert loader.bad == {}
 
 
 def test_an_iterator_that_is_left_waiting_can_be_closed(photos: Path) -> None:
@@ -312,6 +313,16 @@ def test_torchs_own_threads_stay_as_they_were(photos: Path) -> None:
         for _ in loader.epoch(0):
             assert threads_of_torch() == (3, 3)
         assert threads_of_torch() == (3, 3)
+    finally:
+        torch.set_num_threads(usual)
+
+
+def test_workers_run_torch_on_their_own_thread_alone() -> None:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with single_threaded_workers(2, "test") as pool:
+            assert [pool.submit(torch.get_num_threads).result() for _ in range(8)] == [1] * 8
     finally:
         torch.set_num_threads(usual)
 

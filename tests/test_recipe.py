@@ -78,6 +78,31 @@ def test_uniform_numbers_lie_strictly_between_0_and_1() -> None:
 # ── boxes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def uncorrelated(a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
+    if a.std() == 0 or b.std() == 0:  # never or always happens
+        return True
+    return abs(np.corrcoef(a, b)[0, 1]) < 4.9 / np.sqrt(len(a))  # beyond that once in 1e6
+
+
+def test_boxes_are_uniform_in_area_place_and_the_logarithm_of_their_ratio() -> None:
+    """The closed forms, in an image so large that rounding does not show and square, so that every try fits."""
+    side = 40_000
+    crop = RandomResizedCrop(area=(0.08, 0.5))
+    boxes = drawn(side, side, Recipe(8, crop, (View(), View()))).boxes.astype(np.float64)
+    for left, top, right, bottom in np.moveaxis(boxes, -1, 1):
+        width, height = right - left, bottom - top
+        numbers = {
+            "area": (width * height / side**2 - 0.08) / (0.5 - 0.08),
+            "ratio": np.log(width / height * 4 / 3) / np.log(16 / 9),
+            "left": left / (side - width),
+            "top": top / (side - height),
+        }
+        for name, values in numbers.items():
+            assert stats.kstest(values, stats.uniform.cdf).pvalue > LEVEL, name
+        for (name, a), (other, b) in combinations(numbers.items(), 2):
+            assert uncorrelated(a, b), (name, other)
+
+
 class Case(NamedTuple):
     height: int
     width: int
@@ -103,7 +128,7 @@ def test_boxes_are_distributed_as_torchvisions(case: Case) -> None:
     image = torch.empty(1, case.height, case.width)
     torch.manual_seed(0)
     sampler = transforms.RandomResizedCrop.get_params
-    theirs = np.array([sampler(image, list(case.area), list(case.ratio)) for _ in range(12_500)], dtype=np.float64)
+    theirs = np.array([sampler(image, list(case.area), list(case.ratio)) for _ in range(20_000)], dtype=np.float64)
     top, left, height, width = theirs.T
     for name, a, b in (
         ("left", ours[:, 0], left),
@@ -214,12 +239,6 @@ def columns(params: ViewParams, view: int) -> dict[str, NDArray[np.float64]]:
     numbers |= {f"factor {i}": params.jitter_factor[view, :, i] for i in range(4)}
     numbers |= {"sigma": params.blur_sigma[view]} if view == 0 else {}
     return {f"{name} of {view}": np.asarray(values, dtype=np.float64) for name, values in numbers.items()}
-
-
-def uncorrelated(a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
-    if a.std() == 0 or b.std() == 0:  # never or always happens
-        return True
-    return abs(np.corrcoef(a, b)[0, 1]) < 4.9 / np.sqrt(len(a))  # beyond that once in 1e6
 
 
 def test_fields_and_views_are_independent(params: ViewParams) -> None:

@@ -206,14 +206,17 @@ def test_only_new_and_changed_files_are_read_again(tmp_path: Path, monkeypatch: 
     path = root / "class2" / "0002.jpg"
     path.write_bytes(encoded(picture(12, 13)).ljust(path.stat().st_size, b"\0"))  # of the same length
     os.utime(path, ns=(0, 1))
+    path = root / "class2" / "0005.jpg"
+    stat = path.stat()
+    os.utime(put(path, 10, 9), ns=(stat.st_atime_ns, stat.st_mtime_ns))  # of the same time, as `cp -p` makes it
     (root / "class0" / "0000.jpg").unlink()
     put(root / "class0" / "bad.jpg", 33, 22)
     third, read = opened.by(root)
-    assert read == ["class0/bad.jpg", "class1/0001.jpg", "class1/new.jpg", "class2/0002.jpg"]
+    assert read == ["class0/bad.jpg", "class1/0001.jpg", "class1/new.jpg", "class2/0002.jpg", "class2/0005.jpg"]
     assert third.rejects == {}
     sizes = {name: (int(row["width"]), int(row["height"])) for name, row in zip(third.paths, third.index, strict=True)}
     assert "class0/0000.jpg" not in sizes
-    assert [sizes[name] for name in read] == [(33, 22), (55, 44), (77, 66), (12, 13)]
+    assert [sizes[name] for name in read] == [(33, 22), (55, 44), (77, 66), (12, 13), (10, 9)]
     assert opened.by(root)[1] == []
 
 
