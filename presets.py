@@ -77,7 +77,7 @@ class OptimConfig:
     warmup_start: float = 0.0
     """Learning rate of the first step, fraction of the peak."""
     lr_end: float = 0.001
-    """Learning rate of the last step, fraction of the peak."""
+    """Learning rate that the cosine falls to, fraction of the peak."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 T = TypeVar("T")
@@ -58,6 +58,12 @@ class RunLog:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
+    def say_rejects(self, folder: Path, rejects: dict[str, str], most: int = 10) -> None:
+        for name, reason in list(rejects.items())[:most]:
+            self.say(f"left out {folder / name}: {reason}")
+        if len(rejects) > most:
+            self.say(f"left out {len(rejects) - most} more in {folder}")
+
     @contextmanager
     def bar(self, description: str) -> Iterator[Bar]:
         """A progress bar for the length of the block; call it with (done, total) or (done, total, reading)."""
@@ -68,7 +74,7 @@ class RunLog:
             self._bars.remove_task(task)
 
     def table(self, rows: dict[str, Any]) -> None:
-        grid = Table.grid(padding=(0, 2))
+        grid = Table.grid(Column(), Column(overflow="fold"), padding=(0, 2))
         for name, value in rows.items():
             grid.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
         self.console.print(grid)

@@ -142,8 +142,7 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
                 values = {
                     name: float(value.detach()) for name, value in parts._asdict().items()
                 }  # waits for the device
-                if not math.isfinite(values["loss"]):
-                    raise ValueError(f"the loss is {values['loss']} at step {step}: try a lower --lr")
+                check_finite(values["loss"], step)
                 loss_first = values["loss"] if step == 0 else loss_first
                 values |= feed.rates()
                 metrics.write(step=step, lr=factor * peaks[0], bad_images=len(loader.bad), **values)
@@ -154,6 +153,7 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
 
             due = step == steps - 1 or time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
             if (due or stop_asked()) and not config.run.dry_run:
+                check_finite(float(parts.loss.detach()), step)
                 save(step + 1)
                 saved_at = time.monotonic()
             if stop_asked():
@@ -196,6 +196,12 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
     return 0
 
 
+def check_finite(loss: float, step: int) -> None:
+    """ValueError where training has diverged; called before each save, so that a checkpoint is always a good one."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} at step {step}: try a lower --lr")
+
+
 def open_stores(preset: str, config: Pretrain, log: RunLog) -> tuple[Store, Store | None]:
     """Images to train on, and labelled ones never trained on for the kNN test (None where there are no labels)."""
     import pipeline
@@ -211,10 +217,7 @@ def open_stores(preset: str, config: Pretrain, log: RunLog) -> tuple[Store, Stor
     def opened(folder: Path) -> Store:
         with log.bar(f"indexing {folder}") as bar:
             store = pipeline.open_store(folder, bar)
-        for name, reason in list(store.rejects.items())[:10]:
-            log.say(f"left out {folder / name}: {reason}")
-        if len(store.rejects) > 10:
-            log.say(f"left out {len(store.rejects) - 10} more")
+        log.say_rejects(folder, store.rejects)
         return store
 
     train_store = opened(train_folder)

@@ -26,7 +26,10 @@ def find_device(name: str = "auto") -> torch.device:
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
     if usable:
-        return torch.device("cuda" if name == "auto" else name)
+        device = torch.device("cuda" if name == "auto" else name)
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"there is no device {name}: this machine has {torch.cuda.device_count()} GPUs")
+        return device
     present = any(Path("/proc/driver/nvidia/gpus").glob("*")) or any(Path("/dev").glob("nvidia[0-9]*"))
     if name == "auto" and (not present or os.environ.get("CUDA_VISIBLE_DEVICES") == ""):
         return torch.device("cpu")
