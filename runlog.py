@@ -56,7 +56,7 @@ class RunLog:
         self._bars.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text.encode(errors="backslashreplace").decode(), markup=False)  # names need not be UTF-8
 
     def say_rejects(self, folder: Path, rejects: dict[str, str], most: int = 10) -> None:
         for name, reason in list(rejects.items())[:most]:

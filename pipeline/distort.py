@@ -102,7 +102,7 @@ def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur of rows, then columns, each a product with one matrix per sample: any mixture of sigmas at once.
 
     Row i of the matrix is the normalised kernel around pixel i. What would fall outside the image is added to the
-    pixel at its edge, which is what replicating the border means; the kernel itself is not cut off.
+    pixel at its edge, which is what replicating the border means; the kernel is cut off at twice the size only.
     """
     size, n = x.shape[-1], len(x)
     pixel = torch.arange(size, device=x.device)

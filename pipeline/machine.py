@@ -7,9 +7,11 @@ import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Lock
 
 import torch
+
+_STARTING = Lock()
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -57,14 +59,20 @@ def single_threaded_workers(threads: int, name: str) -> ThreadPoolExecutor:
     torch's own (OpenMP) threads wait for each other by spinning. On a core that something else needs as well, each
     operation then waits for a whole scheduler slice: distorting 48-pixel views took 100 times as long (bench/NOTES.md).
 
-    `torch.set_num_threads` holds for the calling thread, but also becomes the default of threads made later; the
-    last line gives that back.
+    `torch.set_num_threads` holds for the calling thread, but also becomes the default of threads made later: it is
+    given back once all workers have started, before another caller can take it for the usual number.
     """
-    here = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, f"twinfeed-{name}", initializer=torch.set_num_threads, initargs=(1,))
-    all_started = Barrier(threads + 1)
-    for _ in range(threads):
-        pool.submit(all_started.wait)
-    all_started.wait()
-    torch.set_num_threads(here)
+    with _STARTING:
+        here = torch.get_num_threads()
+        pool = ThreadPoolExecutor(threads, f"twinfeed-{name}", initializer=_use_one_thread)
+        all_started = Barrier(threads + 1)
+        for _ in range(threads):
+            pool.submit(all_started.wait)
+        all_started.wait()
+        torch.set_num_threads(here)
     return pool
+
+
+def _use_one_thread() -> None:
+    torch.get_num_threads()  # a thread's first call takes over the default, even after it has set its own
+    torch.set_num_threads(1)

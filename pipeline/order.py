@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,13 +38,13 @@ def step_positions(step: int, batch_size: int, rank: int, world: int) -> Samples
 def replacements(position: int, n: int, global_batch: int) -> Iterator[int]:
     """Positions to try, in turn, where the sample at `position` is bad: the same place in each later batch.
 
-    They wrap around at the end of the order and leave out the batch of `position` itself, so no batch holds a sample
-    twice. Depends on nothing but its arguments: after a resume the same sample stands in.
+    They wrap around at the end of the order, then go through the places beside, and leave out the batch of `position`
+    itself, so that no batch holds a sample twice. After a resume the same sample stands in: nothing else decides.
     """
     batch = position // global_batch
-    for jump in range(1, n):
-        candidate = (position + jump * global_batch) % n
-        if candidate == position:
-            return
-        if candidate // global_batch != batch:
-            yield candidate
+    common = gcd(n, global_batch)  # walking by global_batch meets one in `common` positions
+    for beside in range(common):
+        for jump in range(n // common):
+            candidate = (position + beside + jump * global_batch) % n
+            if candidate // global_batch != batch:
+                yield candidate

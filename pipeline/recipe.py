@@ -134,7 +134,7 @@ def draw(recipe: Recipe, seed: int, epoch: int, samples: Samples, heights: Sampl
     blocks = np.arange((4 * _TRIES + 12) // 4)[:, None, None]  # 4 random words each
     views = np.arange(len(recipe.views))[None, :, None]
     words = philox(seed, np.asarray(samples)[None, None, :], epoch, views, _STREAM << 16 | blocks)
-    u = uniform(words).transpose(1, 0, 2, 3).reshape(-1, *words.shape[2:])  # [4 * blocks, V, B]
+    u = uniform(words).transpose(1, 0, 2, 3).reshape(4 * len(blocks), *words.shape[2:])  # [4 * blocks, V, B]
     crop_u, u = u[: 4 * _TRIES].reshape(_TRIES, 4, *u.shape[1:]), u[4 * _TRIES :]
 
     def column(field: str) -> Numbers:  # a number of each view, [V, 1]

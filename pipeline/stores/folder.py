@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def _file_size(path: str) -> tuple[int, int]:
 def _load(cache: Path) -> tuple[list[str], NDArray[Any], dict[str, str]]:
     """Paths, index and rejects as saved; nothing where there is no cache or it is damaged: it is only a shortcut."""
     try:
-        with np.load(cache, allow_pickle=False) as saved:
+        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as saved:
             paths, names, reasons = (_split(saved[key]) for key in ("paths", "rejects", "reasons"))
             index = saved["index"]
         if index.dtype == _INDEX and len(index) == len(paths):
@@ -167,7 +168,8 @@ def _save(cache: Path, paths: list[str], index: NDArray[Any], rejects: dict[str,
         np.savez(temporary, paths=_join(paths), index=index, rejects=_join(rejects), reasons=_join(rejects.values()))
         os.replace(temporary, cache)
     except OSError:  # a read-only or full disk costs a new scan the next time, not this run
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _join(texts: Any) -> NDArray[np.uint8]:
