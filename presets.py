@@ -62,7 +62,7 @@ class OptimConfig:
 
     epochs: int = 1000
     batch_size: int = 2048
-    """Images a step, over all GPUs."""
+    """Images a step."""
     lr: float = 0.2
     """Peak learning rate of weights, x batch / 256."""
     lr_biases: float = 0.0048 / 32
@@ -117,13 +117,18 @@ class Pretrain:
 
     def check(self) -> None:
         """ValueError for what no run can be made of."""
-        area = self.data.crop_area
+        area, sigma = self.data.crop_area, self.data.blur_sigma
         wrong = {
             "--epochs": (self.optim.epochs, self.optim.epochs >= 1, "at least 1"),
             "--batch-size": (self.optim.batch_size, self.optim.batch_size >= 2, "at least 2, for batch statistics"),
             "--size": (self.data.size, self.data.size >= 1, "at least 1 pixel"),
             "--hold-out": (self.data.hold_out, 0 < self.data.hold_out < 1, "between 0 and 1"),
             "--crop-area": (area, 0 < area[0] <= area[1] <= 1, "a range in (0, 1]"),
+            "--blur-p": (self.data.blur_p, all(0 <= p <= 1 for p in self.data.blur_p), "two probabilities"),
+            "--solarize-p": (self.data.solarize_p, all(0 <= p <= 1 for p in self.data.solarize_p), "two probabilities"),
+            "--blur-sigma": (sigma, 0 < sigma[0] <= sigma[1], "a range above 0"),
+            "--seed": (self.run.seed, 0 <= self.run.seed < 2**63, "from 0 to 2^63 - 1"),
+            "--dry-run": ("given with --resume", not (self.run.dry_run and self.run.resume), "given alone"),
             "--threads": (self.run.threads, self.run.threads is None or self.run.threads >= 1, "at least 1"),
             "--log-steps": (self.run.log_steps, self.run.log_steps >= 1, "at least 1"),
         }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import json
+import math
 import os
 import signal
 import sys
@@ -11,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -35,9 +38,12 @@ class RunLog:
     """Talks to the person at the terminal, or in plain lines to whatever stands in its place."""
 
     def __init__(self) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be in the terminal's encoding
         self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._bars = _BarsAboveReadings(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -45,7 +51,7 @@ class RunLog:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=not self.live,
         )
 
     def __enter__(self) -> RunLog:
@@ -56,13 +62,16 @@ class RunLog:
         self._bars.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text.encode(errors="backslashreplace").decode(), markup=False)  # names need not be UTF-8
+        self.console.print(text, markup=False)
 
-    def say_rejects(self, folder: Path, rejects: dict[str, str], most: int = 10) -> None:
-        for name, reason in list(rejects.items())[:most]:
-            self.say(f"left out {folder / name}: {reason}")
-        if len(rejects) > most:
-            self.say(f"left out {len(rejects) - most} more in {folder}")
+    def say_rejects(self, what: str, rejects: dict[str, str], said: int = 0, most: int = 10) -> int:
+        """A line for each image after the first `said`, up to `most` of them; returns how many there are."""
+        new = list(rejects.items())[said:]
+        for name, reason in new[:most]:
+            self.say(f"{what} {printable(name)}: {reason}")
+        if len(new) > most:
+            self.say(f"{what} {len(new) - most} more")
+        return len(rejects)
 
     @contextmanager
     def bar(self, description: str) -> Iterator[Bar]:
@@ -76,7 +85,7 @@ class RunLog:
     def table(self, rows: dict[str, Any]) -> None:
         grid = Table.grid(Column(), Column(overflow="fold"), padding=(0, 2))
         for name, value in rows.items():
-            grid.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+            grid.add_row(name, Text(f"{value:.4g}" if isinstance(value, float) else printable(str(value))))
         self.console.print(grid)
 
 
@@ -97,7 +106,7 @@ class Bar:
 
     def __call__(self, done: int, total: int, reading: str = "") -> None:
         self._bars.update(self._task, completed=done, total=total, reading=reading)
-        if not self._log.console.is_terminal and time.monotonic() - self._said_at > _QUIET_S:
+        if not self._log.live and time.monotonic() - self._said_at > _QUIET_S:
             self._said_at = time.monotonic()
             self._log.say(f"{self._description} {done}/{total} {reading}")
 
@@ -151,10 +160,42 @@ class Metrics:
         self._file.write(json.dumps(values) + "\n")
 
 
+def check_finite(loss: float, step: int) -> None:
+    """ValueError where training has diverged; called before each save, so that a checkpoint is always a good one."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} at step {step}: try a lower --lr")
+
+
+def printable(name: str) -> str:
+    """A name with line ends, terminal codes and undecodable bytes spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+
+
+def check_run_folder(folder: Path) -> None:
+    """ValueError where `folder` is anything but new, empty, or the folder of a run."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: --run wants a folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds something else than a run: --run wants a new folder")
+
+
+def claim(folder: Path) -> IO[str]:
+    """Takes the folder for this process: keep the file open. ValueError where another run is using it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")  # noqa: SIM115  # open for as long as the run lasts
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"a run that is still going on is using {folder}: choose another --run") from None
+    return file
+
+
 def make_room(folder: Path) -> Path | None:
     """An empty `folder` for a new run. What an earlier one left there moves to `folder`.1, .2, ...: returned."""
-    moved = None
-    if folder.exists() and any(folder.iterdir()):
+    folder, moved = folder.absolute(), None
+    if (folder / "config.json").exists():
+        claim(folder).close()  # not from under a run that is still going on
         free = (folder.with_name(f"{folder.name}.{number}") for number in count(1))
         moved = next(path for path in free if not path.exists())
         folder.rename(moved)
@@ -182,11 +223,14 @@ def reading(values: dict[str, float]) -> str:
 class Feed:
     """Hands out batches of `batch_size` images, and knows how many came and how long they had to be waited for."""
 
-    def __init__(self, batches: Iterator[Any], batch_size: int) -> None:
+    def __init__(self, batches: Iterator[Any], batch_size: int, before: dict[str, Any] | None = None) -> None:
+        """before: the `state` of the run that this one goes on with."""
         self._batches, self._batch_size = batches, batch_size
-        self._images, self._wait_s = 0, 0.0
-        self._began = self._read_at = time.monotonic()
-        self._read = (0, 0.0)
+        before = before or {"images": 0, "wait_s": 0.0, "elapsed_s": 0.0}
+        self._images, self._wait_s = before["images"], before["wait_s"]
+        self._read_at = time.monotonic()
+        self._began = self._read_at - before["elapsed_s"]
+        self._read = (self._images, self._wait_s)
 
     def __iter__(self) -> Feed:
         return self
@@ -203,6 +247,9 @@ class Feed:
         (images, wait_s), self._read = self._read, (self._images, self._wait_s)
         began, self._read_at = self._read_at, time.monotonic()
         return _rates(self._images - images, self._wait_s - wait_s, self._read_at - began)
+
+    def state(self) -> dict[str, Any]:
+        return {"images": self._images, "wait_s": self._wait_s, "elapsed_s": time.monotonic() - self._began}
 
     def total(self) -> dict[str, float]:
         """Since the beginning."""

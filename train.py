@@ -18,8 +18,9 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import runlog
 from presets import Pretrain, parse
-from runlog import Feed, Metrics, RunLog, counted, make_room, reading, stop_signals, write_json
+from runlog import RunLog
 
 # torch's CPU threads must not spin while they wait: the decoding threads need those cores (bench/NOTES.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -36,6 +37,7 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
     """One run from data to exported weights; returns the exit status."""
     config.check()
     run = config.run.run or Path("runs") / preset
+    runlog.check_run_folder(run)
     log.say(f"twinfeed, preset {preset}: {'two steps, nothing kept' if config.run.dry_run else f'writes to {run}'}")
     with log.bar("loading torch"):
         import torch
@@ -102,7 +104,8 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
         run, steps = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="twinfeed-"))), 2
     checkpoint = run / "checkpoint.pt"
     settings = config.settings() | {"images": len(train_store), "fingerprint": pipeline.fingerprint(train_store)}
-    first_step, loss_first, values = 0, math.nan, {}
+    settings["precision"] = str(amp_dtype)  # what `auto` came to here
+    first_step, loss_first, values, fed = 0, math.nan, {}, None
     if config.run.resume:
         saved = barlow.load_checkpoint(checkpoint, device)
         if changes := barlow.configuration_changes(saved.get("settings", {}), settings):
@@ -110,23 +113,25 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        first_step, loss_first, values = saved["step"], saved["loss_first"], saved["values"]
+        first_step, loss_first, values, fed = (saved[name] for name in ("step", "loss_first", "values", "fed"))
         log.say(f"resumed after step {first_step:,}")
-    elif moved := make_room(run):
+    elif moved := runlog.make_room(run):
         log.say(f"the run that was in {run} is now in {moved}")
+    cleanup.enter_context(runlog.claim(run))
 
     def save(step: int) -> None:
-        state = {"step": step, "settings": settings, "loss_first": loss_first, "values": values}
+        state = {"step": step, "settings": settings, "loss_first": loss_first, "values": values, "fed": feed.state()}
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         barlow.save_checkpoint(checkpoint, state)
 
     # ── loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-    write_json(run / "config.json", {"preset": preset, **settings})
-    pipeline.view_picture(train_store, recipe, config.run.seed).save(run / "views.png")
-    metrics = cleanup.enter_context(Metrics(run / "metrics.jsonl", first_step))
+    runlog.write_json(run / "config.json", {"preset": preset, **settings})
+    if picture := pipeline.view_picture(train_store, recipe, config.run.seed):
+        picture.save(run / "views.png")
+    metrics = cleanup.enter_context(runlog.Metrics(run / "metrics.jsonl", first_step))
     batches = cleanup.enter_context(closing(loader.steps(first_step, steps)))
-    feed, bad_said, saved_at = Feed(batches, config.optim.batch_size), 0, time.monotonic()
-    with cleanup, log.bar("pretraining") as bar, stop_signals() as stop_asked:
+    feed, bad_said, saved_at = runlog.Feed(batches, config.optim.batch_size, fed), 0, time.monotonic()
+    with cleanup, log.bar("pretraining") as bar, runlog.stop_signals() as stop_asked:
         for step, ((view_a, view_b), _, _) in enumerate(feed, first_step):  # each [B, 3, S, S]
             factor = barlow.learning_rate_factor(step, steps, warmup_steps, start=first_lr, end=last_lr)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -142,18 +147,17 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
                 values = {
                     name: float(value.detach()) for name, value in parts._asdict().items()
                 }  # waits for the device
-                check_finite(values["loss"], step)
+                runlog.check_finite(values["loss"], step)
                 loss_first = values["loss"] if step == 0 else loss_first
                 values |= feed.rates()
                 metrics.write(step=step, lr=factor * peaks[0], bad_images=len(loader.bad), **values)
-            bar(step + 1, steps, reading(values))
-            for sample, reason in list(loader.bad.items())[bad_said:]:
-                log.say(f"replaced an image that does not decode: {train_store.name(sample)}: {reason}")
-                bad_said += 1
+            bar(step + 1, steps, runlog.reading(values))
+            bad = {train_store.name(sample): reason for sample, reason in loader.bad.items()}
+            bad_said = log.say_rejects("replaced, since it does not decode:", bad, bad_said)
 
             due = step == steps - 1 or time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
             if (due or stop_asked()) and not config.run.dry_run:
-                check_finite(float(parts.loss.detach()), step)
+                runlog.check_finite(float(parts.loss.detach()), step)
                 save(step + 1)
                 saved_at = time.monotonic()
             if stop_asked():
@@ -165,6 +169,7 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
         return 0
 
     # ── proof and export ─────────────────────────────────────────────────────────────────────────────────────────────
+    exported = barlow.export_backbone(model.backbone, run)
     names = ("knn_top1_untrained", "knn_top1_pixels", "knn_top1_colour", "knn_top1_trained")
     scores: dict[str, float | None] = dict.fromkeys(names)
     if test_store is not None:
@@ -174,7 +179,8 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
 
             def test_views(store: Store, most: int) -> Iterator[Batch]:
                 loader = open_loader(pipeline.at_most(most, store), pipeline.center_view(config.data.size), 128, False)
-                return counted(loader.epoch(0), len(loader), bar)
+                yield from runlog.counted(loader.epoch(0), len(loader), bar)
+                log.say_rejects("left out", {store.name(sample): reason for sample, reason in loader.bad.items()})
 
             bank, queries = test_views(train_store, _KNN_BANK), test_views(test_store, _KNN_QUERIES)
             scores |= barlow.knn_accuracies(bank, queries, features)
@@ -189,17 +195,11 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
         "loss_last": values.get("loss"),
         **scores,
         "checkpoint": str(checkpoint),
-        "export": str(barlow.export_backbone(model.backbone, run)),
+        "export": str(exported),
     }
-    write_json(run / "summary.json", summary)
+    runlog.write_json(run / "summary.json", summary)
     log.table(summary)
     return 0
-
-
-def check_finite(loss: float, step: int) -> None:
-    """ValueError where training has diverged; called before each save, so that a checkpoint is always a good one."""
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} at step {step}: try a lower --lr")
 
 
 def open_stores(preset: str, config: Pretrain, log: RunLog) -> tuple[Store, Store | None]:
@@ -217,19 +217,20 @@ def open_stores(preset: str, config: Pretrain, log: RunLog) -> tuple[Store, Stor
     def opened(folder: Path) -> Store:
         with log.bar(f"indexing {folder}") as bar:
             store = pipeline.open_store(folder, bar)
-        log.say_rejects(folder, store.rejects)
+        log.say_rejects("left out", {str(folder / name): reason for name, reason in store.rejects.items()})
         return store
 
     train_store = opened(train_folder)
     if not train_store.classes:
-        log.say(f"{train_folder} has no class folders: pretraining needs none, but there will be no kNN test")
+        log.say(f"{train_folder} has no class folders, or images beside them: no kNN test, which needs labels")
         return train_store, None
     if test_folder is not None:
         test_store = opened(test_folder)
         if test_store.classes == train_store.classes:
             return train_store, test_store
         log.say(f"{test_folder} has other class folders than {train_folder}: not used")
-    train_part, test_part = pipeline.hold_out(train_store, config.data.hold_out, config.run.seed)
+    share = min(config.data.hold_out, _KNN_QUERIES / len(train_store))
+    train_part, test_part = pipeline.hold_out(train_store, share, config.run.seed)
     log.say(f"{len(test_part):,} images are kept out of training for the kNN test (--hold-out)")
     return train_part, test_part
 

@@ -25,6 +25,8 @@ def extract(
         for name, feature in features.items():
             found[name].append(feature(view).float().flatten(1))
         labels.append(label)
+    if not labels:
+        return {name: torch.empty(0, 0) for name in features}, torch.empty(0, dtype=torch.int64)
     return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(labels)
 
 
@@ -51,9 +53,14 @@ def knn_accuracies(
     queries: Iterable[tuple[Views, Tensor, Tensor]],
     features: dict[str, Callable[[Tensor], Tensor]],
 ) -> dict[str, float]:
-    """The kNN accuracy of each feature, in percent, from batches of labelled images; each image is decoded once."""
+    """The kNN accuracy of each feature, in percent, from batches of labelled images; each image is decoded once.
+
+    {} where there is no image to ask or to be asked about.
+    """
     bank_features, bank_labels = extract(bank, features)
     query_features, labels = extract(queries, features)
+    if not len(bank_labels) or not len(labels):
+        return {}
     return {
         name: knn_accuracy(bank_features.pop(name), bank_labels, query_features.pop(name), labels) for name in features
     }
@@ -72,5 +79,5 @@ def colour_feature(view: Tensor, bins: int = 6) -> Tensor:
 
 
 def pixel_feature(view: Tensor) -> Tensor:
-    """The normalised pixels themselves, [B, 3 S S]."""
-    return view.flatten(1)
+    """The normalised pixels, [B, 3 S S], of views above 48 pixels averaged down to those: 50,000 of 224 fill 30 GB."""
+    return F.adaptive_avg_pool2d(view, min(48, view.shape[-1])).flatten(1)

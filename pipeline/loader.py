@@ -111,7 +111,7 @@ class Loader:
             try:
                 with torch.cuda.stream(stream):  # does nothing for None
                     for batch in batches:
-                        put((batch, stream.record_event() if stream else None))
+                        put((batch, _finished_on(stream)))
                         if stop.is_set():
                             return
                 put(None)
@@ -225,6 +225,15 @@ class Loader:
             crops, labels = (t.pin_memory().to(self.device, non_blocking=True) for t in (crops, labels))
             views = distort(crops, step.params, self.recipe, self.dtype)
         return Batch(views, labels, torch.from_numpy(step.samples))
+
+
+def _finished_on(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    """Waits until the batch is made, so that the time spent waiting for batches is what distorting costs as well."""
+    if stream is None:
+        return None
+    event = stream.record_event()
+    event.synchronize()
+    return event
 
 
 def _distort_in_chunks(

@@ -31,6 +31,7 @@ def find_device(name: str = "auto") -> torch.device:
         device = torch.device("cuda" if name == "auto" else name)
         if (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"there is no device {name}: this machine has {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)
         return device
     present = any(Path("/proc/driver/nvidia/gpus").glob("*")) or any(Path("/dev").glob("nvidia[0-9]*"))
     if name == "auto" and (not present or os.environ.get("CUDA_VISIBLE_DEVICES") == ""):
@@ -38,8 +39,8 @@ def find_device(name: str = "auto") -> torch.device:
     reason = f" ({str(caught[0].message).splitlines()[0]})" if caught else ""
     raise ValueError(
         f"torch {torch.__version__} finds no GPU it can use{reason}. Its wheels for CUDA {torch.version.cuda} need an "
-        "NVIDIA driver of release 580 or newer: update the driver, or install a torch built for an older CUDA. "
-        "`--device cpu` trains without a GPU."
+        "NVIDIA driver of release 580 or newer: update the driver, install a torch built for an older CUDA, or give "
+        "the container its GPU. `--device cpu` trains without one."
     )
 
 

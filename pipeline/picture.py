@@ -12,21 +12,23 @@ from .order import epoch_order
 from .recipe import Recipe, center_view
 from .stores import Store, Subset
 
+_CANDIDATES = 32  # images tried, since some may not decode
 _LEAST_SIDE = 96  # pixels; smaller views are enlarged by a whole factor
 
 
-def view_picture(store: Store, recipe: Recipe, seed: int = 0, images: int = 8) -> Image.Image:
-    """A column for each of the first images of epoch 0: the image, undistorted, above its views.
+def view_picture(store: Store, recipe: Recipe, seed: int = 0, images: int = 8) -> Image.Image | None:
+    """A column for each of the first images of epoch 0 that decode: the image, undistorted, above its views.
 
-    The distortions shown are those that this seed's first epoch has, where the pictured samples were renumbered.
+    The distortions are drawn like those of training, for samples renumbered here. None where no image decodes.
     """
-    count = min(images, len(store))
-    pictured = Subset(store, epoch_order(len(store), seed, 0)[:count])
+    pictured = Subset(store, epoch_order(len(store), seed, 0)[:_CANDIDATES])
     rows = []
     for shown in (center_view(recipe.size), recipe):
         decoder = open_decoder("torchvision", pictured, shown, threads=1)
-        loader = Loader(pictured, shown, decoder, threads=1, batch_size=count, seed=seed, shuffle=False)
-        rows += [view for batch in loader.epoch(0) for view in batch.views]
+        loader = Loader(pictured, shown, decoder, threads=1, batch_size=len(pictured), seed=seed, shuffle=False)
+        rows += [view[:images] for batch in loader.epoch(0) for view in batch.views]
+    if not rows:
+        return None
     mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.mean, recipe.std))
     pixels = (torch.cat(rows) * std + mean).clamp_(0, 1).mul_(255).round_().byte()
     enlarge = -(-_LEAST_SIDE // recipe.size)

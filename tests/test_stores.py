@@ -115,8 +115,9 @@ def test_names_may_be_any_bytes(tmp_path: Path) -> None:
         (["Train", "TEST"], ("Train", "TEST")),
         (["training", "validation"], ("training", "validation")),
         (["train", "test", "val"], ("train", "val")),
-        (["train", "extra"], ("train", None)),
-        (["val", "test"], (".", None)),
+        (["train"], ("train", None)),
+        (["train", "bus", "car"], (".", None)),  # a class that is called so
+        (["test", "bus", "car"], (".", None)),
         (["dog", "cat"], (".", None)),
     ],
     ids=str,
@@ -127,6 +128,27 @@ def test_splits_are_found_by_their_names(tmp_path: Path, folders: list[str], exp
     train, test = find_splits(tmp_path)
     assert train == tmp_path / expected[0]
     assert test == (tmp_path / expected[1] if expected[1] else None)
+
+
+@pytest.mark.parametrize("folders", [["val"], ["val", "test"]])
+def test_test_splits_alone_are_not_trained_on(tmp_path: Path, folders: list[str]) -> None:
+    for name in folders:
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"holds val/ but no train/"):
+        find_splits(tmp_path)
+
+
+def test_the_folder_of_a_run_is_no_data(tmp_path: Path) -> None:
+    """Where someone trains on the folder that they stand in, the run's own picture lies below it."""
+    write_photos(tmp_path, 6)
+    run = tmp_path / "runs" / "demo"
+    run.mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        (run / name).touch()
+    (run / "views.png").write_bytes(encoded(picture(30, 30), "PNG"))
+    store = open_store(tmp_path)
+    assert len(store) == 6
+    assert store.classes == ["class0", "class1", "class2"]
 
 
 # ── what cannot be used ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -31,7 +31,7 @@ import model
 import pipeline
 import presets
 from pipeline import machine
-from runlog import Metrics
+from runlog import Metrics, claim
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 TINY = ["--device", "cpu", "--size", "16", "--width", "8", "--projector", "32-32-32", "--batch-size", "8"]
@@ -144,7 +144,7 @@ def test_a_labelled_folder_gives_a_summary_with_four_knn_scores(train: Train, ph
     exported.load_state_dict(torch.load(run / "backbone.pth", weights_only=True))
     assert summary["export"] == str(run / "backbone.safetensors")
     assert sorted(path.name for path in run.iterdir()) == [
-        *("backbone.pth", "backbone.safetensors", "checkpoint.pt"),
+        *(".lock", "backbone.pth", "backbone.safetensors", "checkpoint.pt"),
         *("config.json", "metrics.jsonl", "summary.json", "views.png"),
     ]
     assert list(Path.cwd().iterdir()) == []
@@ -670,3 +670,60 @@ def test_help_is_there_in_two_seconds_and_without_torch() -> None:
     assert "pixels" in result.stdout, "units"
     used_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert used_s < 2, "of processor time, which other work on the machine does not lengthen"
+
+
+def test_two_runs_cannot_share_a_folder(train: Train, flat: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--data", flat, *TINY, "--run", run, "--epochs", "1")
+    assert train(*options)[0] == 0
+    with claim(run):
+        for again in (options, (*options, "--resume")):
+            status, text = train(*again)
+            assert status == 1
+            assert "still going on" in text
+    assert (run / "summary.json").exists()
+    assert not (tmp_path / "run.1").exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(train: Train, flat: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    for run, complaint in (("mine", "something else than a run"), ("mine/thesis.tex", "is a file")):
+        status, text = train("--data", flat, *TINY, "--run", tmp_path / run)
+        assert status == 1
+        assert complaint in text
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_test_split_of_which_nothing_decodes_costs_the_scores_alone(
+    train: Train, photos: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(photos, data / "train")
+    for path in photos.rglob("*.jpg"):
+        truncated = data / "val" / path.relative_to(photos)
+        truncated.parent.mkdir(parents=True, exist_ok=True)
+        truncated.write_bytes(path.read_bytes()[:-300])
+    status, text = train("--data", data, *TINY, "--epochs", "1", "--run", tmp_path / "run")
+    assert status == 0, text
+    assert text.count("left out") == 11, "ten of them, and how many more"
+    summary = summary_of(tmp_path / "run")
+    assert summary["knn_top1_trained"] is None
+    assert Path(summary["export"]).exists()
+
+
+def test_the_picture_shows_images_that_decode(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "data")
+    store = pipeline.open_store(tmp_path / "data")
+    recipe = pipeline.barlow_twins(32)
+    whole = pipeline.view_picture(store, recipe)
+    assert whole is not None
+    assert whole.size == (8 * (96 + 4) + 4, 3 * (96 + 4) + 4)
+    for sample in pipeline.loader.epoch_order(len(store), 0, 0)[3:]:
+        Path(store.name(int(sample))).write_bytes(b"")
+    three = pipeline.view_picture(store, recipe)
+    assert three is not None
+    assert three.width == 3 * (96 + 4) + 4
+    for sample in range(len(store)):
+        Path(store.name(sample)).write_bytes(b"")
+    assert pipeline.view_picture(store, recipe) is None

@@ -50,8 +50,13 @@ class Subset:
 
 
 def hold_out(store: Store, fraction: float, seed: int) -> tuple[Subset, Subset]:
-    """`store` as (training, held out), split at random by `seed` alone; at least one sample is held out."""
+    """`store` as (training, held out), split at random by `seed` alone; at least one sample is held out.
+
+    ValueError where none is left to train on.
+    """
     shuffled, count = _shuffled(len(store), seed), max(1, round(fraction * len(store)))
+    if count >= len(store):
+        raise ValueError(f"holding out {fraction:g} of {len(store)} images leaves none to train on: hold out fewer")
     return Subset(store, np.sort(shuffled[count:])), Subset(store, np.sort(shuffled[:count]))
 
 
@@ -66,7 +71,7 @@ def _shuffled(n: int, seed: int) -> Samples:
 
 
 def fingerprint(store: Store) -> str:
-    """A digest of the number, labels and sizes of a store's images: other data have another."""
+    """A digest of the number, labels and sizes of a store's images. Exchanged pixels of one size it does not see."""
     fields = (np.ascontiguousarray(store.index[name]).tobytes() for name in ("label", "height", "width"))
     return hashlib.sha256(b"".join(fields)).hexdigest()[:16]
 

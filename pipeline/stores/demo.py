@@ -20,6 +20,7 @@ import itertools
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from PIL import Image
 
 Plane = np.ndarray  # float32 [height, width]
 
-VERSION = 1  # part of the folder's name: raise it with every change to the pixels
+VERSION = 2  # part of the folder's name: raise it with every change to the pixels
 SEED = 0
 SPLITS = {"train": range(4000), "test": range(4000, 5000)}  # samples; the label is sample % 10
 LEFTOVER_AGE_S = 3600.0  # a temporary folder untouched for so long belongs to a run that died
@@ -177,7 +178,7 @@ def demo_folder(cache: Path, progress: Callable[[int, int], None] = lambda done,
 
     Drawn on first use (5,000 files, 40 MB), then only returned. `progress(images done, images in all)` is
     called from the calling thread. Of several processes that call this at once, the first to finish wins.
-    Raises OSError where `cache` cannot be written and RuntimeError where a worker dies.
+    Raises OSError where `cache` cannot be written or a worker dies.
     """
     folder = cache / f"demo-{VERSION}"
     if folder.is_dir():
@@ -217,9 +218,9 @@ def _draw_all(folder: Path, progress: Callable[[int, int], None]) -> None:
                 done += len(written)
                 progress(done, total)
     finally:  # after an exception the pipe is closed, and the workers stop at their next image
-        failed = [process.args for process in processes if process.wait() != 0]
-    if failed:
-        raise RuntimeError(f"{folder}: drawing the demo data set failed in {failed[0]!r}; its message stands above")
+        statuses = [process.wait() for process in processes]
+    if any(statuses):
+        raise OSError(f"{folder}: the demo data set could not be drawn; the reason stands above")
 
 
 def _draw_share(folder: Path, workers: int, first: int) -> None:
@@ -232,4 +233,10 @@ def _draw_share(folder: Path, workers: int, first: int) -> None:
 
 
 if __name__ == "__main__":
-    _draw_share(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
+    try:
+        _draw_share(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    except BrokenPipeError:  # the parent has given up
+        sys.exit(1)
+    except OSError as error:
+        sys.exit(f"{error.filename or 'drawing'}: {error.strerror}")

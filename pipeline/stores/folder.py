@@ -22,6 +22,7 @@ from ..order import Samples
 from . import cache_folder
 
 _INDEX = np.dtype([("label", "i4"), ("height", "i4"), ("width", "i4"), ("bytes", "i8"), ("modified_ns", "i8")])
+_PROBES = 512  # files handed to the threads at a time: a million at once would take gigabytes of bookkeeping
 _HEADER_BYTES = 16_384  # enough for the size of most JPEGs; the rest of a file is read only where it is not
 _TRAIN, _TEST = ("train", "training"), ("val", "valid", "validation", "test")
 
@@ -38,10 +39,12 @@ class FolderStore:
         self.root = Path(os.path.abspath(root))
         if not self.root.is_dir():
             raise ValueError(f"{root} is {'no folder' if self.root.exists() else 'not there'}: name a folder of images")
-        paths = sorted(_walk(self.root))
+        unreadable: dict[str, str] = {}
+        paths = sorted(_walk(self.root, unreadable))
         if not paths:
             raise ValueError(f"{root} holds no image: looked for {', '.join(SUFFIXES)} files in it, to any depth")
-        found, self.rejects = _index(self.root, paths, progress)
+        found, rejects = _index(self.root, paths, progress)
+        self.rejects = unreadable | rejects
         good = np.flatnonzero(found["height"] > 0)
         if not len(good):
             name, reason = next(iter(self.rejects.items()))
@@ -71,20 +74,32 @@ class FolderStore:
 
 
 def find_splits(root: Path) -> tuple[Path, Path | None]:
-    """The folders to train and to test on: `train` and `val` (or `test`) below `root`, else `root` and None."""
+    """The folders to train and to test on: `train` and `val` (or `test`) below `root`, else `root` and None.
+
+    A `train` beside other folders, none of which is a test split, is a class that is called so.
+    """
     folders = {p.name.lower(): p for p in root.iterdir() if p.is_dir()} if root.is_dir() else {}
-    train = next((folders[name] for name in _TRAIN if name in folders), None)
-    if train is None:
+    train, test = (next((folders[name] for name in names if name in folders), None) for names in (_TRAIN, _TEST))
+    if test is not None and folders.keys() <= {*_TEST}:
+        raise ValueError(f"{root} holds {test.name}/ but no train/: name the folder of images to train on")
+    if train is None or (test is None and len(folders) > 1):
         return root, None
-    return train, next((folders[name] for name in _TEST if name in folders), None)
+    return train, test
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Paths of images relative to `root`; links are followed, each folder is entered once, hidden ones never."""
+def _walk(root: Path, unreadable: dict[str, str]) -> Iterator[str]:
+    """Paths of images relative to `root`; links are followed, each folder is entered once, hidden ones never.
+
+    Folders that cannot be listed are added to `unreadable`, with the reason.
+    """
     entered = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+
+    def note(error: OSError) -> None:
+        unreadable[os.path.relpath(error.filename, root)] = error.strerror or str(error)
+
+    for folder, folders, files in os.walk(root, onerror=note, followlinks=True):
         real = os.path.realpath(folder)
-        if real in entered:
+        if real in entered or {"config.json", "metrics.jsonl"} <= set(files):  # a run of ours: its picture is no data
             folders.clear()
             continue
         entered.add(real)
@@ -127,10 +142,11 @@ def _index(root: Path, paths: list[str], progress: Progress) -> tuple[NDArray[An
 
     found = np.empty(len(paths), dtype=_INDEX)
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:  # waits for the disk, mostly
-        for i, row in enumerate(pool.map(probe, paths)):
-            found[i] = row
-            if i % 256 == 255 or i == len(paths) - 1:
-                progress(i + 1, len(paths))
+        for first in range(0, len(paths), _PROBES):
+            part = paths[first : first + _PROBES]
+            for i, row in enumerate(pool.map(probe, part), first):
+                found[i] = row
+            progress(first + len(part), len(paths))
     rejects = dict(sorted(rejects.items()))
     if known_paths != paths or not np.array_equal(known, found):
         _save(cache, paths, found, rejects)
