@@ -40,7 +40,7 @@ class RunLog:
     def __init__(self) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be in the terminal's encoding
-        self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.console = _Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self.live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._bars = _BarsAboveReadings(
             TextColumn("{task.description}", markup=False),
@@ -87,6 +87,13 @@ class RunLog:
         for name, value in rows.items():
             grid.add_row(name, Text(f"{value:.4g}" if isinstance(value, float) else printable(str(value))))
         self.console.print(grid)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody listens any more (`train.py | head`): train on in silence. rich would end the program, unsaved."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _BarsAboveReadings(Progress):

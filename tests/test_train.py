@@ -727,3 +727,18 @@ def test_the_picture_shows_images_that_decode(photos: Path, tmp_path: Path) -> N
     for sample in range(len(store)):
         Path(store.name(sample)).write_bytes(b"")
     assert pipeline.view_picture(store, recipe) is None
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says() -> None:
+    code = "import time, sys\nfrom runlog import RunLog\nwith RunLog() as log:\n"
+    code += "    for i in range(50): log.say(str(i)); time.sleep(0.01)\n    print('trained', file=sys.stderr)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=TRAIN.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr is not None
+    with process.stderr as said:
+        assert said.read() == "trained\n"
+    assert process.wait() == 0
