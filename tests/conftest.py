@@ -1,9 +1,14 @@
-"""Images that the tests make, and a cache folder of their own."""
+"""Images that the tests make, a cache folder of their own, and train.py run in this process."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +56,96 @@ def write_photos(root: Path, count: int, classes: int = 3) -> Path:
         width, height = rng.integers(40, 120, 2)
         path.write_bytes(encoded(picture(int(width), int(height), seed=i), quality=90))
     return root
+
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+TINY = ["--device", "cpu", "--size", "16", "--width", "8", "--projector", "32-32-32", "--batch-size", "8"]
+SUMMARY = [
+    *("preset", "device", "decoder", "backbone", "steps", "images_per_s", "data_wait_fraction"),
+    *("loss_first", "loss_last"),
+    *("knn_top1_untrained", "knn_top1_pixels", "knn_top1_colour", "knn_top1_trained"),
+    *("checkpoint", "export"),
+]
+
+Train = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Train]:
+    """`train.py` in this process, from an empty folder: (exit status, everything it said)."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.delenv("TWINFEED_TRACEBACK", raising=False)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        status: Any = 0
+        try:
+            runpy.run_path(str(TRAIN), run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+        said = capsys.readouterr()
+        text = said.out + said.err + (f"{status}\n" if isinstance(status, str) else "")
+        assert "Traceback" not in text
+        return 1 if isinstance(status, str) else status, text
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    yield run
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty photographs without labels: five steps of eight an epoch."""
+    folder = tmp_path_factory.mktemp("flat")
+    write_photos(folder, 40, classes=1)
+    return folder
+
+
+def steps_of(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def weights_of(run: Path) -> dict[str, Any]:
+    import torch
+
+    return torch.load(run / "checkpoint.pt", weights_only=True)["model"]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    import torch
+
+    a, b = weights_of(one), weights_of(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
+    """Do something at the beginning of a step of the next run."""
+    import model
+
+    schedule, done = model.learning_rate_factor, []
+
+    def factor(now: int, *rest: Any, **named: Any) -> float:
+        if now == step and not done:
+            done.append(action())
+        return schedule(now, *rest, **named)
+
+    monkeypatch.setattr(model, "learning_rate_factor", factor)
+
+
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def refused(result: tuple[int, str], *words: str) -> None:
+    """A non-zero exit status, and one line that names what is wrong and what to do."""
+    status, text = result
+    assert status not in (0, 130), text
+    lines = text.strip().splitlines()
+    (error,) = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    assert error == len(lines) - 1, text
+    assert not [word for word in words if word not in lines[-1]], text
