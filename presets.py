@@ -151,7 +151,6 @@ def demo() -> Pretrain:
         DataConfig(size=48, blur_sigma=blur),
         ModelConfig(backbone="resnet18", width=16, projector="512-512-512"),
         OptimConfig(epochs=16, batch_size=128, lr=0.8, lr_biases=0.006, eta=0.02, warmup_epochs=2),
-        RunConfig(),
     )
 
 

@@ -95,11 +95,11 @@ class Loader:
 
         They are made ahead in a thread; closing the iterator (or dropping it) ends that and everything it started.
         """
-        ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException | None] = queue.Queue(_BATCHES_READY)
+        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_BATCHES_READY)
         stop = threading.Event()
         stream = None if self.device.type == "cpu" else torch.cuda.Stream(self.device)
 
-        def put(item: tuple[Batch, torch.cuda.Event | None] | BaseException | None) -> None:
+        def put(item: Batch | BaseException | None) -> None:
             while not stop.is_set():
                 try:
                     return ready.put(item, timeout=0.1)
@@ -111,7 +111,9 @@ class Loader:
             try:
                 with torch.cuda.stream(stream):  # does nothing for None
                     for batch in batches:
-                        put((batch, _finished_on(stream)))
+                        if stream is not None:  # ready means made: waiting for a batch then includes distorting it
+                            stream.synchronize()
+                        put(batch)
                         if stop.is_set():
                             return
                 put(None)
@@ -126,13 +128,10 @@ class Loader:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                batch, distorted = item
-                if distorted is not None:  # the consumer's stream waits, its thread does not
-                    consumer = torch.cuda.current_stream(self.device)
-                    consumer.wait_event(distorted)
-                    for tensor in (*batch.views, batch.labels):
-                        tensor.record_stream(consumer)
-                yield batch
+                if stream is not None:  # their memory belongs to the loader's stream, and is now in use on this one
+                    for tensor in (*item.views, item.labels):
+                        tensor.record_stream(torch.cuda.current_stream(self.device))
+                yield item
         finally:
             stop.set()
             thread.join()
@@ -225,15 +224,6 @@ class Loader:
             crops, labels = (t.pin_memory().to(self.device, non_blocking=True) for t in (crops, labels))
             views = distort(crops, step.params, self.recipe, self.dtype)
         return Batch(views, labels, torch.from_numpy(step.samples))
-
-
-def _finished_on(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-    """Waits until the batch is made, so that the time spent waiting for batches is what distorting costs as well."""
-    if stream is None:
-        return None
-    event = stream.record_event()
-    event.synchronize()
-    return event
 
 
 def _distort_in_chunks(
