@@ -22,8 +22,8 @@ import runlog
 from presets import Pretrain, parse
 from runlog import RunLog
 
-# torch's CPU threads must not spin while they wait: the decoding threads need those cores (bench/NOTES.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# torch's CPU threads must not spin while they wait: the decoding threads need those cores. And views lie in huge pages:
+os.environ |= {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"} | os.environ  # both measured, bench/NOTES.md
 
 if TYPE_CHECKING:  # torch takes seconds to import: that waits until the command line is understood and answered
     from model import BarlowTwins

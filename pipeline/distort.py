@@ -1,31 +1,62 @@
-"""uint8 crops + parameters -> normalised views, on the device of the crops. One implementation for every decoder.
+"""uint8 crops + parameters -> normalised views, on the device of the crops. The same for every decoder.
 
-Batched over samples that each have parameters of their own; an operation touches only the samples that need it.
 Formulas are torchvision's for float images in [0, 1]. The blur is the exact Gaussian with replicated borders.
+On the CPU `fused.py` carries them out; what is here is for other devices: batched over samples that each have
+parameters of their own, an operation touching only the samples that need it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .recipe import BRIGHTNESS, CONTRAST, HUE, SATURATION, Recipe, ViewParams
+from .recipe import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, Recipe, ViewParams
 
-_GRAY = (0.2989, 0.587, 0.114)  # torchvision's rounding of ITU-R 601
+_CHUNK = 16  # images that a CPU thread takes at a time
 
 
 def distort(
-    crops: Tensor, params: ViewParams, recipe: Recipe, out_dtype: torch.dtype = torch.float32
+    crops: Tensor,
+    params: ViewParams,
+    recipe: Recipe,
+    out_dtype: torch.dtype = torch.float32,
+    pool: Executor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Views, each [B, 3, S, S] of `out_dtype`, channels_last and normalised, from uint8 crops [V, B, S, S, 3]."""
-    return tuple(_distort_view(view, params.take(v), recipe, out_dtype) for v, view in enumerate(crops))
+    """Views, each [B, 3, S, S] of `out_dtype`, channels_last and normalised, from uint8 crops [V, B, S, S, 3].
+
+    On the CPU the threads of `pool`, if there is one, share the work: the bits are the same for any number of them.
+    """
+    if crops.device.type == "cpu":
+        return _distort_on_cpu(crops, params, recipe, out_dtype, pool)
+    return tuple(distort_batched(view, params.take(v), recipe, out_dtype) for v, view in enumerate(crops))
 
 
-def _distort_view(crops: Tensor, params: ViewParams, recipe: Recipe, out_dtype: torch.dtype) -> Tensor:
+def _distort_on_cpu(
+    crops: Tensor, params: ViewParams, recipe: Recipe, out_dtype: torch.dtype, pool: Executor | None
+) -> tuple[Tensor, ...]:
+    from .fused import distort_view  # Numba takes a second to import, and a GPU does not need it
+
+    count, batch, size = crops.shape[:3]
+    compute = torch.promote_types(out_dtype, torch.float32)
+    shape = (batch, 3, size, size)
+    views = [torch.empty(shape, dtype=compute, memory_format=torch.channels_last) for _ in range(count)]
+
+    def chunk(v: int, first: int) -> None:
+        rows = slice(first, first + _CHUNK)
+        distort_view(crops[v, rows].numpy(), params.take(v, rows), recipe, views[v][rows].permute(0, 2, 3, 1).numpy())
+
+    chunks = [(v, first) for first in range(0, batch, _CHUNK) for v in range(count)]
+    list((pool.map if pool else map)(chunk, *zip(*chunks, strict=True)))
+    return tuple(view.to(out_dtype) for view in views)
+
+
+def distort_batched(crops: Tensor, params: ViewParams, recipe: Recipe, out_dtype: torch.dtype) -> Tensor:
+    """One view [B, 3, S, S] of uint8 crops [B, S, S, 3], on any device."""
     compute = torch.promote_types(out_dtype, torch.float32)
     x = crops.permute(0, 3, 1, 2).to(compute, memory_format=torch.contiguous_format).div_(255)  # [B, 3, S, S]
 
@@ -56,7 +87,7 @@ def _flip(x: Tensor) -> Tensor:
 
 
 def _luma(x: Tensor) -> Tensor:  # [n, 1, S, S]
-    return _GRAY[0] * x[:, 0:1] + _GRAY[1] * x[:, 1:2] + _GRAY[2] * x[:, 2:3]
+    return LUMA[0] * x[:, 0:1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:3]
 
 
 def _brightness(x: Tensor, factor: Tensor) -> Tensor:

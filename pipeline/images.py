@@ -1,22 +1,22 @@
 """Encoded images on the CPU: their size, their pixels, and resized crops of them. The decode contract of every decoder.
 
 Pixels are Pillow's `convert("RGB")`: no EXIF rotation, slow DCT, full chroma upsampling; 16-bit greys scaled by 1/257.
-JPEGs go through torchvision (bit-identical to Pillow, twice as fast), all other formats through Pillow.
+JPEGs go through libjpeg-turbo by simplejpeg, bit-identical to Pillow and faster; all else goes through Pillow.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
+import simplejpeg
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound, 268 MB decoded. Larger is refused undecoded: 1 kB can claim any size.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -51,10 +51,10 @@ def decode(data: bytes, height: int, width: int) -> Tensor:
     if found != (height, width):
         raise BadImage(f"{found[1]} x {found[0]} pixels, but {width} x {height} when it was indexed")
     if data[:2] == b"\xff\xd8":
-        try:
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise BadImage(str(error).splitlines()[0].rpartition(", ")[2] or "it does not decode") from None
+        with suppress(ValueError):  # a flaw in the data: Pillow knows which can be lived with
+            if simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "RGB", "Gray"):  # CMYK is Pillow's as well
+                pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+                return torch.from_numpy(pixels).permute(2, 0, 1)
     with _open(data) as image:
         return torch.from_numpy(_rgb(image)).permute(2, 0, 1)
 
@@ -98,8 +98,10 @@ def _open(data: bytes) -> Iterator[Image.Image]:
             yield image
     except UnidentifiedImageError:
         raise BadImage("it is no JPEG, PNG or WebP that can be opened") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(str(error)) from None
     except Exception as error:
-        raise BadImage(str(error) or "it does not decode") from error
+        raise BadImage(f"truncated or damaged: {error}") from error
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:

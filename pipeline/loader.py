@@ -23,7 +23,6 @@ from .recipe import Recipe, ViewParams, draw
 from .stores import Store
 
 _BATCHES_READY = 2  # distorted batches that wait for the consumer
-_CHUNK = 32  # samples that a CPU thread distorts at a time: their views stay in its cache
 
 
 class Batch(NamedTuple):
@@ -218,28 +217,7 @@ class Loader:
 
     def _finish(self, step: _Step, crops: Tensor, pool: ThreadPoolExecutor | None) -> Batch:
         labels = torch.from_numpy(self.store.index["label"][step.samples].astype(np.int64))
-        if pool is not None:
-            views = _distort_in_chunks(pool, crops, step.params, self.recipe, self.dtype)
-        else:
+        if pool is None:
             crops, labels = (t.pin_memory().to(self.device, non_blocking=True) for t in (crops, labels))
-            views = distort(crops, step.params, self.recipe, self.dtype)
+        views = distort(crops, step.params, self.recipe, self.dtype, pool)
         return Batch(views, labels, torch.from_numpy(step.samples))
-
-
-def _distort_in_chunks(
-    pool: ThreadPoolExecutor, crops: Tensor, params: ViewParams, recipe: Recipe, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """`distort` on the CPU. Chunks of a fixed size, so that the bits do not depend on the number of threads."""
-    count, batch, size = crops.shape[:3]
-    views = tuple(
-        torch.empty(batch, 3, size, size, dtype=dtype, memory_format=torch.channels_last) for _ in range(count)
-    )
-
-    def chunk(first: int) -> None:
-        rows = slice(first, first + _CHUNK)
-        distorted = distort(crops[:, rows], params.take(slice(None), rows), recipe, dtype)
-        for view, part in zip(views, distorted, strict=True):
-            view[rows] = part
-
-    list(pool.map(chunk, range(0, batch, _CHUNK)))
-    return views

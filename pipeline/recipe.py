@@ -18,6 +18,7 @@ from .philox import philox, uniform
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LUMA = (0.2989, 0.587, 0.114)  # the weights of a grey level: torchvision's rounding of ITU-R 601
 
 Numbers = NDArray[np.float64]
 

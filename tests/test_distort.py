@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ from torch import Tensor
 from torchvision.transforms._functional_tensor import _hsv2rgb, _rgb2hsv
 
 from pipeline import open_loader, open_store
-from pipeline.distort import distort
+from pipeline.distort import distort as distort_on_cpu
+from pipeline.distort import distort_batched
 from pipeline.recipe import (
     BRIGHTNESS,
     CONTRAST,
@@ -44,6 +45,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(usual)
+
+
+def distort_in_batches(
+    crops: Tensor, params: ViewParams, recipe: Recipe, out_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """What other devices do, here on the CPU."""
+    return tuple(distort_batched(view, params.take(v), recipe, out_dtype) for v, view in enumerate(crops))
+
+
+Distort = Callable[..., tuple[Tensor, ...]]
+
+
+@pytest.fixture(params=[distort_on_cpu, distort_in_batches], ids=["fused", "batched"])
+def distort(request: pytest.FixtureRequest) -> Distort:
+    return request.param
 
 
 def adjust_hue(x: Tensor, shift: float) -> Tensor:
@@ -128,7 +144,7 @@ def close(ours: Tensor, x: Tensor, row: ViewParams, tolerance: float) -> int:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=str)
-def test_views_are_torchvisions_in_float64(dtype: torch.dtype, tolerance: float) -> None:
+def test_views_are_torchvisions_in_float64(distort: Distort, dtype: torch.dtype, tolerance: float) -> None:
     """A thousand draws of the paper's two views, within 0.003 levels in float32.
 
     No pixel has to be left out for the hue: as a map of colours its shift is continuous, though its formula branches.
@@ -147,7 +163,7 @@ def test_views_are_torchvisions_in_float64(dtype: torch.dtype, tolerance: float)
     assert at_threshold < 1e-3 * crops.numel()
 
 
-def test_normalisation_is_torchvisions() -> None:
+def test_normalisation_is_torchvisions(distort: Distort) -> None:
     recipe = Recipe(32, RandomResizedCrop(), (View(),), mean=(0.1, 0.2, 0.3), std=(0.5, 0.7, 0.9))
     crops = crops_of(20, 32)
     (view,) = distort(crops, unchanged(1, 20), recipe, torch.float64)
@@ -169,7 +185,7 @@ def pillow_chain(image: Image.Image, row: ViewParams) -> Image.Image:
     return ImageOps.solarize(image) if row.solarize else image
 
 
-def test_views_are_near_those_of_the_authors_pillow_chain() -> None:
+def test_views_are_near_those_of_the_authors_pillow_chain(distort: Distort) -> None:
     """Pillow rounds to whole levels after every operation and approximates the Gaussian: a level apart on average."""
     count, size = 500, 64
     recipe = barlow_twins(size)
@@ -210,7 +226,7 @@ def test_a_batch_is_what_pillow_and_torchvision_make_of_its_draws(photos: Path) 
 
 
 @pytest.mark.parametrize("operation", [BRIGHTNESS, CONTRAST, SATURATION, HUE])
-def test_each_jitter_is_torchvisions(operation: int) -> None:
+def test_each_jitter_is_torchvisions(distort: Distort, operation: int) -> None:
     factors = (-0.5, -0.1, -1 / 6, 0.03, 1 / 3, 0.5) if operation == HUE else (0.0, 0.37, 0.99, 1.2, 2.5)
     crops = crops_of(len(factors) * 6, 32)
     params = unchanged(1, crops.shape[1])
@@ -223,7 +239,7 @@ def test_each_jitter_is_torchvisions(operation: int) -> None:
         torch.testing.assert_close(view[i], expected, rtol=0, atol=1e-11)
 
 
-def test_hue_is_exact_where_its_formula_branches() -> None:
+def test_hue_is_exact_where_its_formula_branches(distort: Distort) -> None:
     """Python's colorsys on a 9 x 9 x 9 grid of colours, all ties and greys among them, shifted by half sextants."""
     level = torch.linspace(0, 255, 9).round().byte()
     colours = torch.cartesian_prod(level, level, level).reshape(27, 27, 3)
@@ -242,7 +258,7 @@ def test_hue_is_exact_where_its_formula_branches() -> None:
         torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def test_the_flip_mirrors_left_and_right() -> None:
+def test_the_flip_mirrors_left_and_right(distort: Distort) -> None:
     crops = crops_of(8, 32)
     params = unchanged(1, 8)._replace(flip=np.arange(8)[None] % 2 == 0)
     (view,) = distort(crops, params, PLAIN)
@@ -251,7 +267,7 @@ def test_the_flip_mirrors_left_and_right() -> None:
     assert torch.equal(view.permute(0, 2, 3, 1), torch.from_numpy(expected) / 255)
 
 
-def test_grey_is_torchvisions() -> None:
+def test_grey_is_torchvisions(distort: Distort) -> None:
     crops = crops_of(24, 32)
     params = unchanged(1, 24)
     (view,) = distort(crops, params._replace(gray=~params.gray), PLAIN, torch.float64)
@@ -260,7 +276,7 @@ def test_grey_is_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("size", [9, 32, 97])
-def test_blur_is_the_gaussian_with_replicated_borders(size: int) -> None:
+def test_blur_is_the_gaussian_with_replicated_borders(distort: Distort, size: int) -> None:
     sigmas = np.array([0.1, 0.3, 0.7, 1.0, 1.5, 2.0], dtype=np.float32)
     crops = crops_of(12, size)
     params = unchanged(1, 12)._replace(blur_sigma=np.tile(sigmas, 2)[None])
@@ -270,7 +286,7 @@ def test_blur_is_the_gaussian_with_replicated_borders(size: int) -> None:
         torch.testing.assert_close(view[i], expected, rtol=0, atol=1e-9)
 
 
-def test_solarising_inverts_128_and_more() -> None:
+def test_solarising_inverts_128_and_more(distort: Distort) -> None:
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16, 1).expand(-1, -1, -1, -1, 3)
     params = unchanged(1, 1)
     (view,) = distort(levels, params._replace(solarize=~params.solarize), PLAIN)
@@ -281,7 +297,7 @@ def test_solarising_inverts_128_and_more() -> None:
 # ── only what is asked for ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_parameters_that_do_nothing_leave_pixels_as_they_were() -> None:
+def test_parameters_that_do_nothing_leave_pixels_as_they_were(distort: Distort) -> None:
     crops = crops_of(16, 32, views=2)
     expected = crops.permute(0, 1, 4, 2, 3) / 255
     still = unchanged(2, 16)
@@ -290,7 +306,7 @@ def test_parameters_that_do_nothing_leave_pixels_as_they_were() -> None:
             assert torch.equal(view, as_before)
 
 
-def test_a_sample_does_not_depend_on_its_batch() -> None:
+def test_a_sample_does_not_depend_on_its_batch(distort: Distort) -> None:
     count, size = 70, 48
     recipe = barlow_twins(size, blur_p=(1.0, 0.3))
     params = draw(recipe, 5, 0, np.arange(count), *np.full((2, count), 100))
@@ -299,11 +315,13 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     for i in range(count):
         alone = distort(crops[:, i : i + 1], params.take(slice(None), slice(i, i + 1)), recipe)
         for a, b in zip(alone, together, strict=True):
+            if distort is distort_on_cpu:
+                assert torch.equal(a[0], b[i])
             torch.testing.assert_close(a[0], b[i], rtol=0, atol=4e-6)  # 1e-6 before the division by std
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_views_have_the_type_and_the_layout_asked_for(dtype: torch.dtype) -> None:
+def test_views_have_the_type_and_the_layout_asked_for(distort: Distort, dtype: torch.dtype) -> None:
     recipe = barlow_twins(32)
     params = draw(recipe, 0, 0, np.arange(9), *np.full((2, 9), 100))
     crops = crops_of(9, 32, views=2)
@@ -317,7 +335,7 @@ def test_views_have_the_type_and_the_layout_asked_for(dtype: torch.dtype) -> Non
     assert torch.equal(crops, before)
 
 
-def test_crops_may_have_any_strides() -> None:
+def test_crops_may_have_any_strides(distort: Distort) -> None:
     recipe = barlow_twins(32)
     params = draw(recipe, 0, 0, np.arange(9), *np.full((2, 9), 100))
     crops = crops_of(9, 32, views=2)
