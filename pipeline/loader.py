@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     samples: Tensor  # int64 [B], positions in the store; on the host
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """What is decided about a step before anything is read: a function of the step, and of which images are bad."""
 
     epoch: int
@@ -135,19 +135,24 @@ class Loader:
             stop.set()
             thread.join()
 
+    def plan(self, first: int, last: int) -> Iterator[Step]:
+        """What is decided about the steps first <= step < last before anything is read."""
+        order, ordered_epoch = np.arange(len(self.store), dtype=np.int64), -1
+        for step in range(first, last):
+            epoch, step_of_epoch = divmod(step, len(self))
+            if self.shuffle and epoch != ordered_epoch:
+                order, ordered_epoch = epoch_order(len(self.store), self.seed, epoch), epoch
+            positions = step_positions(step_of_epoch, self.batch_size, self.rank, self.world)
+            yield self._plan(epoch, order, positions[positions < len(order)])
+
     def _batches(self, first: int, last: int) -> Generator[Batch, None, None]:
         """Plan -> decode -> repair -> distort. The plan runs ahead of the batches by as much as the decoder likes."""
-        planned: deque[_Step] = deque()
+        planned: deque[Step] = deque()
 
         def plan() -> Iterator[tuple[Samples, Boxes]]:
-            order, ordered_epoch = np.arange(len(self.store), dtype=np.int64), -1
-            for step in range(first, last):
-                epoch, step_of_epoch = divmod(step, len(self))
-                if self.shuffle and epoch != ordered_epoch:
-                    order, ordered_epoch = epoch_order(len(self.store), self.seed, epoch), epoch
-                positions = step_positions(step_of_epoch, self.batch_size, self.rank, self.world)
-                planned.append(self._plan(epoch, order, positions[positions < len(order)]))
-                yield planned[-1].samples, planned[-1].params.boxes
+            for step in self.plan(first, last):
+                planned.append(step)
+                yield step.samples, step.params.boxes
 
         stream = self.decoder.stream(plan())
         pool = single_threaded_workers(self.threads, "distort") if self.device.type == "cpu" else None
@@ -163,7 +168,7 @@ class Loader:
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
 
-    def _plan(self, epoch: int, order: Samples, positions: Samples) -> _Step:
+    def _plan(self, epoch: int, order: Samples, positions: Samples) -> Step:
         """The samples at those positions, known bad ones replaced (or left out, without `shuffle`), and their draws."""
         samples = order[positions]
         if self.bad and self.shuffle:
@@ -176,7 +181,7 @@ class Loader:
             samples = samples[[int(sample) not in self.bad for sample in samples]]
         rows = self.store.index[samples]
         params = draw(self.recipe, self.seed, epoch, samples, rows["height"], rows["width"])
-        return _Step(epoch, order, positions, samples, params)
+        return Step(epoch, order, positions, samples, params)
 
     def _stand_in(self, position: int, order: Samples, taken: set[int]) -> int:
         for candidate in replacements(position, len(order), self.batch_size * self.world):
@@ -188,7 +193,7 @@ class Loader:
             + "; ".join(f"{self.store.name(s)}: {why}" for s, why in list(self.bad.items())[:3])
         )
 
-    def _repair(self, step: _Step, crops: Tensor, good: NDArray[np.bool_]) -> tuple[_Step, Tensor]:
+    def _repair(self, step: Step, crops: Tensor, good: NDArray[np.bool_]) -> tuple[Step, Tensor]:
         """The same step without its bad samples: replaced, or left out, until all are good."""
         while True:
             for sample in step.samples[~good]:
@@ -215,7 +220,7 @@ class Loader:
             return str(error)
         return "it did not decode, though it does now"
 
-    def _finish(self, step: _Step, crops: Tensor, pool: ThreadPoolExecutor | None) -> Batch:
+    def _finish(self, step: Step, crops: Tensor, pool: ThreadPoolExecutor | None) -> Batch:
         labels = torch.from_numpy(self.store.index["label"][step.samples].astype(np.int64))
         if pool is None:
             crops, labels = (t.pin_memory().to(self.device, non_blocking=True) for t in (crops, labels))
