@@ -1,0 +1,42 @@
+"""Where does the throughput go? Measures every rung from disk to update on this machine, and its rivals beside it.
+
+python -m bench                      the ladder on drawn photographs, the verdict, the peers
+python -m bench --data DIR --quick   on your images, within a minute
+torchrun --nproc-per-node 8 -m bench all ranks together, and what contention costs
+python -m bench report               tables and plot of the committed results
+python -m bench doctor               what is installed, what is missing, and what it would bring
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# As train.py does, before torch is loaded.
+os.environ |= {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"} | os.environ
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["doctor"]:
+        from . import doctor
+
+        return doctor.main(arguments[1:])
+    if arguments[:1] == ["report"]:
+        from . import report
+
+        return report.main(arguments[1:])
+    from . import run
+
+    return run.main(arguments)
+
+
+if __name__ == "__main__":
+    try:
+        status = main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("TWINFEED_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(status)

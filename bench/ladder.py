@@ -1,0 +1,203 @@
+"""The ladder from disk to update: each rung measured alone, then all of them at once, on one store and one device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import model as barlow
+from pipeline import Loader, Recipe, Store, barlow_twins, open_loader
+from pipeline.decoders import open_decoder
+from pipeline.distort import distort
+from pipeline.machine import single_threaded_workers
+from pipeline.order import Samples
+from presets import ModelConfig, OptimConfig
+
+from .measure import Work, one_core
+
+_ENDLESS = 1 << 40  # steps
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured."""
+
+    store: Store
+    size: int
+    batch_size: int
+    decoder: str
+    threads: int  # of this rank
+    device: torch.device
+    network: ModelConfig
+    optim: OptimConfig
+
+
+class InMemory:
+    """Encoded images as a store: what remains to be measured is everything but the disk."""
+
+    def __init__(self, encoded: Sequence[bytes], index: NDArray[Any]) -> None:
+        self.classes: list[str] = []
+        self.rejects: dict[str, str] = {}
+        self.index, self._encoded = index, encoded
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def read_batch(self, samples: Samples) -> list[bytes]:
+        return [self._encoded[sample] for sample in samples]
+
+    def name(self, sample: int) -> str:
+        return f"image {sample} in memory"
+
+
+class Ladder:
+    """The rungs as work for a `Clock`. Each yields numbers of images done, without end where that can be."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.device = setting, setting.device
+        self.recipe = barlow_twins(setting.size)
+        self.memory = InMemory(setting.store.read_batch(np.arange(len(setting.store))), setting.store.index)
+        self.loader = self.open(setting.store, self.recipe)
+
+    def open(self, store: Store, recipe: Recipe, threads: int | None = None) -> Loader:
+        s = self.setting
+        threads = threads or s.threads
+        return open_loader(
+            store, recipe, batch_size=s.batch_size, decoder=s.decoder, threads=threads, device=self.device
+        )
+
+    def plan(self) -> Generator[int, None, None]:
+        for step in self.loader.plan(0, _ENDLESS):
+            torch.from_numpy(self.setting.store.index["label"][step.samples].astype(np.int64))
+            yield len(step.samples)
+
+    def read(self, threads: int) -> Work:
+        """The encoded images, a thread for each of as many at a time, each image once."""
+
+        def work() -> Generator[int, None, None]:
+            order = np.random.default_rng(0).permutation(len(self.setting.store))
+            with ThreadPoolExecutor(threads) as pool:
+                yield from (0, 0)  # nothing to warm up: every image counts
+                for encoded in pool.map(lambda sample: self.setting.store.read_batch(np.array([sample])), order):
+                    yield len(encoded)
+
+        return work
+
+    def forget_files(self) -> None:
+        """Asks the system to drop the images from its memory, so that the next read goes to the disk."""
+        os.sync()  # what is not yet written cannot be dropped
+        for sample in range(len(self.setting.store)):
+            try:
+                file = os.open(self.setting.store.name(sample), os.O_RDONLY)
+            except OSError:
+                continue
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+    def decode(self) -> Generator[int, None, None]:
+        """Whole images decoded from memory; of each a single pixel is cut out, in the place of the crops."""
+        one_pixel = np.broadcast_to(np.array((0, 0, 1, 1), dtype=np.float32), (1, self.setting.batch_size, 4))
+        recipe = replace(self.recipe, size=1, views=self.recipe.views[:1])
+        yield from self._stream(recipe, lambda boxes: one_pixel)
+
+    def crops(self) -> Generator[int, None, None]:
+        """Decoded from memory, and cut and resized twice."""
+        yield from self._stream(self.recipe, lambda boxes: boxes)
+
+    def _stream(self, recipe: Recipe, change: Callable[[Any], Any]) -> Generator[int, None, None]:
+        decoder = open_decoder(self.setting.decoder, self.memory, recipe, self.setting.threads)
+        plan = ((step.samples, change(step.params.boxes)) for step in self.loader.plan(0, _ENDLESS))
+        with closing(decoder.stream(plan)) as stream:
+            for _, good in stream:
+                yield len(good)
+
+    def some_crops(self) -> tuple[Tensor, Any]:
+        """A batch of crops as the decoder gives them, and what is to be done to them."""
+        step = next(self.loader.plan(0, 1))
+        decoder = open_decoder(self.setting.decoder, self.memory, self.recipe, self.setting.threads)
+        with closing(decoder.stream(iter([(step.samples, step.params.boxes)]))) as stream:
+            return next(stream)[0], step.params
+
+    def distort(self) -> Generator[int, None, None]:
+        """Resident crops to finished views."""
+        crops, _ = self.some_crops()
+        crops = crops.to(self.device)
+        pool = single_threaded_workers(self.setting.threads, "distort") if self.device.type == "cpu" else None
+        try:
+            for step in self.loader.plan(0, _ENDLESS):
+                distort(crops, step.params, self.recipe, pool=pool)
+                yield len(step.samples)
+        finally:
+            if pool:
+                pool.shutdown()
+
+    def copy(self) -> Generator[int, None, None]:
+        """Crops in pinned memory to the device."""
+        crops = self.some_crops()[0].cpu().pin_memory()
+        while True:
+            crops.to(self.device, non_blocking=True)
+            yield crops.shape[1]
+
+    def feed(self) -> Generator[int, None, None]:
+        """Everything before the step, from warm files to finished views on the device."""
+        with closing(self.loader.steps(0, _ENDLESS)) as batches:
+            for batch in batches:
+                yield len(batch.samples)
+
+    def feed_on_one_core(self) -> Generator[int, None, None]:
+        with one_core():
+            loader = self.open(self.setting.store, self.recipe, threads=1)
+            with closing(loader.steps(0, _ENDLESS)) as batches:
+                for batch in batches:
+                    yield len(batch.samples)
+
+    def step(self) -> Generator[int, None, None]:
+        """Training steps on two batches of views that are there already."""
+        shape = (self.setting.batch_size, 3, self.setting.size, self.setting.size)
+        views = [torch.randn(shape, device=self.device).to(memory_format=torch.channels_last) for _ in range(4)]
+        train = self.trainer()
+        for pair in cycle((views[:2], views[2:])):
+            train(*pair)
+            yield shape[0]
+
+    def end_to_end(self) -> Generator[int, None, None]:
+        """The feed and the step at once: what training does."""
+        train = self.trainer()
+        with closing(self.loader.steps(0, _ENDLESS)) as batches:
+            for batch in batches:
+                train(*batch.views)
+                yield len(batch.samples)
+
+    def trainer(self) -> Callable[[Tensor, Tensor], None]:
+        """The step of train.py."""
+        s = self.setting
+        torch.manual_seed(0)
+        backbone = barlow.build_backbone(s.network.backbone, s.network.width, s.network.small_stem)
+        network = barlow.BarlowTwins(backbone, s.network.projector, s.network.lambd, s.network.loss_scale)
+        network = network.to(self.device).to(memory_format=torch.channels_last)
+        dtype = barlow.choose_precision("auto", self.device)
+        forward, _ = barlow.compile_network(network, "auto", self.device)
+        groups = barlow.parameter_groups(network, s.optim.weight_decay)
+        optimizer = barlow.LARS(groups, lr=1e-3, momentum=s.optim.momentum, eta=s.optim.eta, clip=s.optim.clip_lr)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        torch.backends.cudnn.benchmark = True
+
+        def train(view_a: Tensor, view_b: Tensor) -> None:
+            optimizer.zero_grad()
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                loss = forward(view_a, view_b).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+        return train

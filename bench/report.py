@@ -1,0 +1,97 @@
+"""`python -m bench report`: records as the tables and the plot that the README shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from . import record, show
+from .record import Record
+from .verdict import E2E
+
+_ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Report:
+    """Prints records of the bench as Markdown, and draws them."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Records, as `python -m bench --json` writes them [default: bench/results/feed-*.json]."""
+    plot: Path | None = None
+    """Picture to draw, for example docs/throughput.png. Needs the dependency group `bench`."""
+
+
+def main(arguments: list[str]) -> int:
+    config = tyro.cli(Report, args=arguments, prog="python -m bench report")
+    files = config.files or tuple(sorted((_ROOT / "bench" / "results").glob("feed-*.json")))
+    records = [record.read(path) for path in files]
+    if not records:
+        raise ValueError("there are no records in bench/results: make one with `python -m bench --json FILE`")
+    print("\n\n".join(map(markdown, records)))
+    if config.plot:
+        draw(records, config.plot)
+    return 0
+
+
+def markdown(result: Record) -> str:
+    """The ladder, the peers and the verdict."""
+    m, s, d = result.machine, result.settings, result.data
+    gpu = (
+        f", {m.gpu} at {m.gpu_power_limit_w:.0f} W" if m.gpu and m.gpu_power_limit_w else f", {m.gpu}" if m.gpu else ""
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    lines = [
+        f"`{result.command}` at {result.commit}: {m.cpu}, {m.cores} cores{gpu}; {d.images:,} {d.name} of "
+        f"{d.mean_width:.0f} x {d.mean_height:.0f} px and {d.mean_bytes / 1000:.0f} kB; decoder {s['decoder']}, batch "
+        f"{s['batch_size']}, {s['network']} ({versions}).",
+        "",
+        *_table(
+            ("rung", "images/s", "±", "per core" if not m.gpu else "per core or GPU", "of its ceiling"),
+            [show.row(rung, result) for rung in result.rungs],
+        ),
+        "",
+        " ".join(result.verdict),
+    ]
+    if result.contenders:
+        rows = [
+            (c.name, show.number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}", c.differs or "nothing")
+            for c in result.contenders
+        ]
+        headers = ("two views on one core", "images/s", "±", "to the authors'", "differs from the paper in")
+        lines += ["", *_table(headers, rows)]
+    return "\n".join(lines)
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    aligned = ["---", *("---:" for _ in headers[1:-1]), "---"]
+    return [f"| {' | '.join(cells)} |" for cells in (headers, aligned, *rows)]
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """A row of two panels for each record: the ladder on a logarithmic scale, and the contest."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("the plot needs matplotlib: `uv sync --group bench`") from None
+    figure = Figure(figsize=(11, 3.6 * len(records)), layout="constrained")
+    for panels, result in zip(figure.subplots(len(records), 2, squeeze=False), records, strict=True):
+        left, right = panels
+        rungs = result.rungs[::-1]
+        colours = ["#d1495b" if rung.name == E2E else "#8d96a3" if rung.name == "step" else "#2e86ab" for rung in rungs]
+        left.barh([rung.name for rung in rungs], [rung.rates.median for rung in rungs], color=colours)
+        left.set_xscale("log")
+        left.set_xlabel("two-view images/s")
+        left.set_title(f"{result.machine.gpu or result.machine.cpu}, {result.settings['threads']} threads")
+        contenders = result.contenders[::-1]
+        ours = ["#d1495b" if c.name.startswith("twinfeed") else "#8d96a3" for c in contenders]
+        bars = right.barh([c.name for c in contenders], [c.rates.median for c in contenders], color=ours)
+        right.bar_label(bars, [f" {c.ratio:.1f}x" for c in contenders])
+        right.set_xlabel("two-view images/s on one core")
+        right.margins(x=0.15)
+        for panel in panels:
+            panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
