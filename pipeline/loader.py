@@ -221,7 +221,10 @@ class Loader:
         if pool is not None:
             views = _distort_in_chunks(pool, crops, step.params, self.recipe, self.dtype)
         else:
-            crops, labels = (t.pin_memory().to(self.device, non_blocking=True) for t in (crops, labels))
+            crops, labels = (  # a decoder on the device has left its crops there
+                t if t.device.type == self.device.type else t.pin_memory().to(self.device, non_blocking=True)
+                for t in (crops, labels)
+            )
             views = distort(crops, step.params, self.recipe, self.dtype)
         return Batch(views, labels, torch.from_numpy(step.samples))
 
