@@ -84,12 +84,11 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
     amp_dtype = barlow.choose_precision(config.run.precision, device)
     forward, compilation = barlow.compile_network(model, config.run.compile, device)
     device_name = pipeline.describe_device(device)
-    why = f" ({loader.decoder.why})" if loader.decoder.why else ""
     log.say(
-        f"{device_name}, {str(amp_dtype).removeprefix('torch.')}, {compilation}; decoder {loader.decoder.name}{why} with "
-        f"{loader.threads} threads\n{len(train_store):,} images, {steps:,} steps of {config.optim.batch_size}; "
-        f"{config.model.backbone} of width {config.model.width} at {config.data.size} px, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters"
+        f"{device_name}, {str(amp_dtype).removeprefix('torch.')}, {compilation}; decoder {loader.decoder.name} "
+        f"({loader.decoder.why}) with {loader.threads} threads\n{len(train_store):,} images, "
+        f"{steps:,} steps of {config.optim.batch_size}; {config.model.backbone} of width {config.model.width} "
+        f"at {config.data.size} px, {sum(p.numel() for p in model.parameters()):,} parameters"
     )
 
     # ── optimizer ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -24,7 +24,7 @@ class Decoder(Protocol):
     """Decodes each image once, whatever the number of its views."""
 
     name: str  # one of DECODERS
-    why: str  # `auto` took it; empty where it was asked for
+    why: str  # this one, in a word or two
 
     def stream(self, plan: Iterable[tuple[Samples, Boxes]]) -> Generator[Crops, None, None]:
         """For each (samples [B], boxes [V, B, 4]) of the plan, in its order and as many samples ahead as it likes:
@@ -42,14 +42,15 @@ def open_decoder(
         raise ValueError(f"unknown decoder {name!r}: choose auto or {', '.join(DECODERS)}")
     from .torchvision import TorchvisionDecoder
 
-    why = "no GPU" if device.type == "cpu" else ""
-    if name == "dali" or (name == "auto" and not why):
+    asked = name != "auto"
+    why = "as asked" if asked else "no GPU" if device.type == "cpu" else "on a GPU"
+    if name == "dali" or why == "on a GPU":
         try:
             from .dali import DaliDecoder
 
-            return DaliDecoder(store, recipe, threads, device, hw_decoder_load, "on a GPU" if name == "auto" else "")
+            return DaliDecoder(store, recipe, threads, device, hw_decoder_load, why)
         except ImportError as error:
             why = f"DALI cannot be imported: {error}"
-            if name == "dali":
-                raise ValueError(f"{why}. `pip install nvidia-dali-cuda130`, or `--decoder torchvision`") from None
-    return TorchvisionDecoder(store, recipe, threads, why if name == "auto" else "")
+            if asked:
+                raise ValueError(f"{why}. `pip install nvidia-dali-cuda130`, or choose another decoder") from None
+    return TorchvisionDecoder(store, recipe, threads, why)

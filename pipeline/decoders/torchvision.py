@@ -25,7 +25,7 @@ class TorchvisionDecoder:
 
     name = "torchvision"
 
-    def __init__(self, store: Store, recipe: Recipe, threads: int, why: str = "") -> None:
+    def __init__(self, store: Store, recipe: Recipe, threads: int, why: str = "as asked") -> None:
         self.store, self.size, self.threads, self.why = store, recipe.size, threads, why
         self.interpolation = recipe.crop.interpolation
         self.reads_outside = isinstance(recipe.crop, CenterCrop)  # a box inside an image resized as a whole
