@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -35,17 +36,14 @@ _STAND_IN, _STAND_IN_BOX = np.frombuffer(_PPM % (1, 1) + bytes(3), dtype=np.uint
 # JPEG markers: frames that every decoder knows (Huffman-coded, sequential or progressive), and what may stand beside.
 _FRAMES, _SCAN, _ADOBE = (0xC0, 0xC1, 0xC2), 0xDA, 0xEE
 _OTHERS = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # Huffman and quantisation tables, restarts, metadata
-_END = b"\xff\xd9"
-_END_BYTES = 1024  # that the end marker stands before the end of the file, at most: some writers pad
-
-Encoded = bytes | None  # as DALI gets it; None for a bad image
+_END, _END_BYTES = b"\xff\xd9", 1024  # the end marker, and how far before the end of the file: some writers pad
 
 
 @dataclass
 class _Batch:
     samples: Samples  # [B]
     boxes: Boxes  # [V, B, 4]
-    encoded: list[Encoded]  # [B], but a bad one where B is 0: DALI has no empty batches
+    encoded: list[bytes | None]  # [B] as DALI gets them, None for a bad one; that too where B is 0, which DALI has not
     raw: bool = False  # whether all are pixels already: nothing is left that DALI could refuse
 
 
@@ -66,7 +64,8 @@ class DaliDecoder:
 
     def stream(self, plan: Iterable[tuple[Samples, Boxes]]) -> Generator[Crops, None, None]:
         pool = single_threaded_workers(self.threads, "read")
-        pipeline, running = None, deque[_Batch]()
+        pipeline: Any = None
+        running: deque[_Batch] = deque()
         try:
             batches = self._read(plan, pool)
             while (batch := next(batches, None)) or running:
@@ -78,10 +77,10 @@ class DaliDecoder:
                         self._feed(pipeline, batch)
                     if len(running) <= _BATCHES_AHEAD:
                         continue
-                assert pipeline is not None
                 while (views := self._outputs(pipeline, running[0])) is None:
+                    pipeline = None  # DALI calls one that has raised invalid; its memory is needed for the next
                     self._mend(running[0], pool)
-                    pipeline = self._start(running)  # DALI calls one that has raised invalid
+                    pipeline = self._start(running)
                 done = running.popleft()
                 crops = torch.stack(views)[:, : len(done.samples)]  # [V, B, S, S, 3], copied out of DALI's memory
                 yield crops, np.array([data is not None for data in done.encoded[: len(done.samples)]], dtype=bool)
@@ -92,15 +91,14 @@ class DaliDecoder:
         """A new pipeline that is at work on those batches."""
         gpu, size = self.device.type == "cuda", (self.recipe.size, self.recipe.size)
         kind = _INTERPOLATION[self.recipe.crop.interpolation]
-        # Prefetching 1 is none: DALI then runs each batch as soon as it is fed, with what runs already.
         largest = max(len(batch.encoded) for batch in running)
+        # A depth of 1 lets each batch run as soon as it is fed: how far ahead is decided in `stream`.
         pipeline = Pipeline(largest, self.threads, self.device.index if gpu else None, prefetch_queue_depth=1)
         with pipeline:
             encoded, boxes = (fn.external_source(name=name, device="cpu") for name in ("encoded", "boxes"))
             images = fn.decoders.image(
                 encoded,
                 device="mixed" if gpu else "cpu",
-                output_type=types.DALIImageType.RGB,
                 adjust_orientation=False,
                 jpeg_fancy_upsampling=True,
                 use_fast_idct=False,
@@ -128,10 +126,7 @@ class DaliDecoder:
         pipeline.schedule_run()
 
     def _outputs(self, pipeline: Pipeline, batch: _Batch) -> list[Tensor] | None:
-        """The oldest batch's crops of each view, [B, S, S, 3]; None where DALI refused it, without naming a sample.
-
-        On a GPU the current stream waits for them, and the host does not.
-        """
+        """The oldest batch's crops of each view, [B, S, S, 3], which the current stream waits for; None if refused."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
             return [from_dlpack(view.as_tensor()) for view in pipeline.outputs(stream)]
@@ -142,35 +137,32 @@ class DaliDecoder:
 
     def _mend(self, batch: _Batch, pool: ThreadPoolExecutor) -> None:
         """Leaves out what the strict decode refuses; where that is nothing, DALI gets the pixels of all."""
-        pixels = list(pool.map(_pixels, batch.encoded, self.store.index[batch.samples]))
-        kept = [data if strict else None for data, strict in zip(batch.encoded, pixels, strict=True)]
+
+        def strict(data: bytes | None, row: Any) -> bytes | None:
+            return data if data is None or data.startswith(b"P6") else _pixels(data, row)
+
+        pixels = list(pool.map(strict, batch.encoded, self.store.index[batch.samples]))
+        kept = [data if decoded else None for data, decoded in zip(batch.encoded, pixels, strict=True)]
         batch.raw = kept == batch.encoded
         batch.encoded = pixels if batch.raw else kept
 
     def _read(self, plan: Iterable[tuple[Samples, Boxes]], pool: ThreadPoolExecutor) -> Iterator[_Batch]:
         """The batches of the plan, each read while the one before it is being used."""
-        reading: deque[tuple[Samples, Boxes, Iterator[list[Encoded]]]] = deque()
+        before: tuple[Samples, Boxes, Iterator[list[bytes | None]]] | None = None
+        for step in chain(plan, [None]):
+            now = step and (*step, pool.map(self._encoded, np.array_split(step[0], 4 * self.threads)))
+            if before:
+                samples, boxes, parts = before
+                yield _Batch(samples, boxes, [data for part in parts for data in part] or [None])
+            before = now
 
-        def finished() -> _Batch:
-            samples, boxes, parts = reading.popleft()
-            return _Batch(samples, boxes, [data for part in parts for data in part] or [None])
-
-        for samples, boxes in plan:
-            reading.append((samples, boxes, pool.map(self._encoded, np.array_split(samples, 4 * self.threads))))
-            if len(reading) > 1:
-                yield finished()
-        if reading:
-            yield finished()
-
-    def _encoded(self, samples: Samples) -> list[Encoded]:
+    def _encoded(self, samples: Samples) -> list[bytes | None]:
         rows = zip(self.store.read_batch(samples), self.store.index[samples], strict=True)
         return [data if is_ordinary(data, row) else _pixels(data, row) for data, row in rows]
 
 
-def _pixels(data: Encoded, row: Any) -> Encoded:
+def _pixels(data: bytes, row: Any) -> bytes | None:
     """An encoded image as a PPM, whose pixels DALI takes as they are; None where it is bad."""
-    if data is None or data.startswith(b"P6"):
-        return data
     try:
         pixels = decode(data, int(row["height"]), int(row["width"]))  # [3, H, W]
     except BadImage:
@@ -179,10 +171,8 @@ def _pixels(data: Encoded, row: Any) -> Encoded:
 
 
 def is_ordinary(data: bytes, row: Any) -> bool:
-    """Whether it is an 8-bit grey or YCbCr JPEG of the size in the index, whole up to its first scan and at its end.
-
-    Not CMYK, nor RGB: DALI's parser takes all three components for YCbCr, and decoders on GPUs may know no four.
-    """
+    """Whether it is an 8-bit grey or YCbCr JPEG of the size in the index, whole up to its first scan and at its end:
+    not CMYK, nor RGB, since DALI's parser takes all three components for YCbCr, and GPUs may not decode four."""
     size, at = None, 2
     while data[:2] == b"\xff\xd8" and data[at : at + 1] == b"\xff" and at + 4 <= len(data):
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
