@@ -77,6 +77,23 @@ def adobe_rgb_jpeg() -> bytes:
     return encoded(picture(41, 30), keep_rgb=True, quality=95)
 
 
+def unnamed_rgb_jpeg() -> bytes:
+    """RGB by its Adobe segment alone: its components are numbered as those of YCbCr are."""
+    data = bytearray(adobe_rgb_jpeg())
+    for name, number in zip(b"RGB", (1, 2, 3), strict=True):
+        for marker, first, step in ((b"\xff\xc0", 10, 3), (b"\xff\xda", 5, 2)):
+            at = data.index(marker) + first + (number - 1) * step
+            assert data[at] == name
+            data[at] = number
+    return bytes(data)
+
+
+def cmyk_jpeg_without_adobe() -> bytes:
+    data = FORMATS["cmyk jpeg"]
+    at = data.index(b"\xff\xee")
+    return data[:at] + data[at + 16 :]
+
+
 def upside_down_jpeg() -> bytes:
     """Rotated by its EXIF, and of the same size if that were obeyed."""
     exif = Image.Exif()
@@ -96,7 +113,8 @@ def sixteen_bit_png() -> bytes:
 ORDINARY = {name: data for name, data in FORMATS.items() if "jpeg" in name and name != "cmyk jpeg"}
 ORDINARY["upside-down jpeg"] = upside_down_jpeg()
 ORDINARY["slightly padded jpeg"] = FORMATS["jpeg"] + bytes(512)
-OTHERS = {"rgb jpeg": adobe_rgb_jpeg(), "padded jpeg": padded_jpeg(), "16-bit png": sixteen_bit_png()}
+OTHERS = {"rgb jpeg": adobe_rgb_jpeg(), "unnamed rgb jpeg": unnamed_rgb_jpeg(), "padded jpeg": padded_jpeg()}
+OTHERS |= {"cmyk jpeg without adobe": cmyk_jpeg_without_adobe(), "16-bit png": sixteen_bit_png()}
 ALL = {**FORMATS, **ORDINARY, **OTHERS}
 BOUNDS = {
     "png 1 bit": 1.5

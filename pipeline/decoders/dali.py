@@ -177,8 +177,6 @@ def is_ordinary(data: bytes, row: Any) -> bool:
     while data[:2] == b"\xff\xd8" and data[at : at + 1] == b"\xff" and at + 4 <= len(data):
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
         body = data[at + 4 : at + 2 + length]
-        if len(body) != length - 2:
-            return False
         if marker == _SCAN:
             return size == (row["height"], row["width"]) and _END in data[-_END_BYTES:]
         if marker in _FRAMES and size is None and body[:1] == b"\x08" and len(body) in (9, 15):
