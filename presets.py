@@ -94,7 +94,10 @@ class RunConfig:
     """Decides initial weights, order and distortions."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    decoder: Literal["auto", "torchvision"] = "auto"
+    decoder: Literal["auto", "dali", "torchvision"] = "auto"
+    """auto: DALI on a GPU, else torchvision."""
+    hw_decoder_load: float = 0.65
+    """Fraction of the images that DALI gives to the GPU's JPEG engine, where it has one [DALI's default: 0.65]."""
     threads: int | None = None
     """Threads that decode [default: one a core]."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -129,6 +132,7 @@ class Pretrain:
             "--blur-sigma": (sigma, 0 < sigma[0] <= sigma[1], "a range above 0"),
             "--seed": (self.run.seed, 0 <= self.run.seed < 2**63, "from 0 to 2^63 - 1"),
             "--dry-run": ("given with --resume", not (self.run.dry_run and self.run.resume), "given alone"),
+            "--hw-decoder-load": (self.run.hw_decoder_load, 0 <= self.run.hw_decoder_load <= 1, "from 0 to 1"),
             "--threads": (self.run.threads, self.run.threads is None or self.run.threads >= 1, "at least 1"),
             "--log-steps": (self.run.log_steps, self.run.log_steps >= 1, "at least 1"),
         }

@@ -62,6 +62,7 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
             recipe,
             batch_size=batch_size,
             decoder=config.run.decoder,
+            hw_decoder_load=config.run.hw_decoder_load,
             threads=config.run.threads,
             seed=config.run.seed,
             shuffle=shuffle,
@@ -84,10 +85,10 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
     forward, compilation = barlow.compile_network(model, config.run.compile, device)
     device_name = pipeline.describe_device(device)
     log.say(
-        f"{device_name}, {str(amp_dtype).removeprefix('torch.')}, {compilation}; decoder {loader.decoder.name} with "
-        f"{loader.threads} threads\n{len(train_store):,} images, {steps:,} steps of {config.optim.batch_size}; "
-        f"{config.model.backbone} of width {config.model.width} at {config.data.size} px, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters"
+        f"{device_name}, {str(amp_dtype).removeprefix('torch.')}, {compilation}; decoder {loader.decoder.name} "
+        f"({loader.decoder.why}) with {loader.threads} threads\n{len(train_store):,} images, "
+        f"{steps:,} steps of {config.optim.batch_size}; {config.model.backbone} of width {config.model.width} "
+        f"at {config.data.size} px, {sum(p.numel() for p in model.parameters()):,} parameters"
     )
 
     # ── optimizer ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import model as barlow
 from pipeline import Loader, Recipe, Store, barlow_twins, open_loader
-from pipeline.decoders import open_decoder
 from pipeline.distort import distort
 from pipeline.machine import single_threaded_workers
 from pipeline.order import Samples
@@ -115,7 +114,7 @@ class Ladder:
         yield from self._stream(self.recipe, lambda boxes: boxes)
 
     def _stream(self, recipe: Recipe, change: Callable[[Any], Any]) -> Generator[int, None, None]:
-        decoder = open_decoder(self.setting.decoder, self.memory, recipe, self.setting.threads)
+        decoder = self.open(self.memory, recipe).decoder
         plan = ((step.samples, change(step.params.boxes)) for step in self.loader.plan(0, _ENDLESS))
         with closing(decoder.stream(plan)) as stream:
             for _, good in stream:
@@ -124,7 +123,7 @@ class Ladder:
     def some_crops(self) -> tuple[Tensor, Any]:
         """A batch of crops as the decoder gives them, and what is to be done to them."""
         step = next(self.loader.plan(0, 1))
-        decoder = open_decoder(self.setting.decoder, self.memory, self.recipe, self.setting.threads)
+        decoder = self.open(self.memory, self.recipe).decoder
         with closing(decoder.stream(iter([(step.samples, step.params.boxes)]))) as stream:
             return next(stream)[0], step.params
 

@@ -62,6 +62,7 @@ def open_loader(
     *,
     batch_size: int,
     decoder: str = "auto",
+    hw_decoder_load: float = 0.65,
     threads: int | None = None,
     seed: int = 0,
     rank: int = 0,
@@ -72,10 +73,11 @@ def open_loader(
 ) -> Loader:
     """Batches of `store` distorted by `recipe`: `batch_size` samples a step on each of `world` ranks.
 
-    `threads` decode (default: one a core that this process may use). See `Loader` for the rest.
+    `threads` decode (default: one a core that this process may use). See `open_decoder` for `decoder` and
+    `hw_decoder_load`, and `Loader` for the rest.
     """
-    threads = threads or usable_cores()
-    backend = open_decoder(decoder, store, recipe, threads)
+    threads, device = threads or usable_cores(), torch.device(device)
+    backend = open_decoder(decoder, store, recipe, threads, device, hw_decoder_load)
     return Loader(
         store,
         recipe,

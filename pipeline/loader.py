@@ -223,6 +223,9 @@ class Loader:
     def _finish(self, step: Step, crops: Tensor, pool: ThreadPoolExecutor | None) -> Batch:
         labels = torch.from_numpy(self.store.index["label"][step.samples].astype(np.int64))
         if pool is None:
-            crops, labels = (t.pin_memory().to(self.device, non_blocking=True) for t in (crops, labels))
+            crops, labels = (  # a decoder on the device has left its crops there
+                t if t.device.type == self.device.type else t.pin_memory().to(self.device, non_blocking=True)
+                for t in (crops, labels)
+            )
         views = distort(crops, step.params, self.recipe, self.dtype, pool)
         return Batch(views, labels, torch.from_numpy(step.samples))

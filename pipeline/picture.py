@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-from .decoders import open_decoder
+from .decoders.torchvision import TorchvisionDecoder
 from .loader import Loader
 from .order import epoch_order
 from .recipe import Recipe, center_view
@@ -24,7 +24,7 @@ def view_picture(store: Store, recipe: Recipe, seed: int = 0, images: int = 8) -
     pictured = Subset(store, epoch_order(len(store), seed, 0)[:_CANDIDATES])
     rows = []
     for shown in (center_view(recipe.size), recipe):
-        decoder = open_decoder("torchvision", pictured, shown, threads=1)
+        decoder = TorchvisionDecoder(pictured, shown, threads=1)
         loader = Loader(pictured, shown, decoder, threads=1, batch_size=len(pictured), seed=seed, shuffle=False)
         rows += [view[:images] for batch in loader.epoch(0) for view in batch.views]
     if not rows:

@@ -58,6 +58,14 @@ def write_photos(root: Path, count: int, classes: int = 3) -> Path:
     return root
 
 
+def decoder_of(name: str, store: Any, recipe: Any, threads: int = 2) -> Any:
+    import torch
+
+    from pipeline.decoders import open_decoder
+
+    return open_decoder(name, store, recipe, threads, torch.device("cpu"), 0.65)
+
+
 TRAIN = Path(__file__).parent.parent / "train.py"
 TINY = ["--device", "cpu", "--size", "16", "--width", "8", "--projector", "32-32-32", "--batch-size", "8"]
 SUMMARY = [

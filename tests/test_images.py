@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import encoded, picture
+from conftest import decoder_of, encoded, picture
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
 from pipeline import open_store
-from pipeline.decoders.torchvision import TorchvisionDecoder
+from pipeline.decoders import DECODERS
 from pipeline.images import BadImage, crop, decode, image_size
 from pipeline.recipe import barlow_twins, center_view, draw
 
@@ -73,13 +73,14 @@ def test_crops_are_pillows_crop_then_resize() -> None:
     assert max(differences) <= 0.5
 
 
-def test_streamed_crops_are_pillows_in_the_order_of_the_plan(photos: Path) -> None:
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_streamed_crops_are_pillows_in_the_order_of_the_plan(photos: Path, decoder: str) -> None:
     store, recipe = open_store(photos), barlow_twins(48)
     plan = []
     for epoch, samples in enumerate(np.random.default_rng(1).permutation(60).reshape(5, 12)):
         rows = store.index[samples]
         plan.append((samples, draw(recipe, 0, epoch, samples, rows["height"], rows["width"]).boxes))
-    streamed = list(TorchvisionDecoder(store, recipe, threads=3).stream(iter(plan)))
+    streamed = list(decoder_of(decoder, store, recipe, threads=3).stream(iter(plan)))
     assert len(streamed) == len(plan)
     for (samples, boxes), (crops, good) in zip(plan, streamed, strict=True):
         assert good.all()
@@ -118,12 +119,13 @@ def test_the_test_view_is_torchvisions_resize_and_center_crop(size: int, resize:
         assert difference(ours, reference(by_pillow(data))) <= 0.5, (width, height)
 
 
-def test_the_streamed_test_view_reads_outside_its_box(photos: Path) -> None:
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_streamed_test_view_reads_outside_its_box(photos: Path, decoder: str) -> None:
     store, recipe = open_store(photos), center_view(32)
     rows = store.index
     boxes = draw(recipe, 0, 0, np.arange(60), rows["height"], rows["width"]).boxes
     reference = transforms.Compose([transforms.Resize(37), transforms.CenterCrop(32)])
-    ((crops, good),) = TorchvisionDecoder(store, recipe, threads=2).stream([(np.arange(60), boxes)])
+    ((crops, good),) = decoder_of(decoder, store, recipe).stream([(np.arange(60), boxes)])
     assert good.all()
     assert max(difference(crops[0, i], reference(Image.open(store.name(i)))) for i in range(60)) <= 0.5
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import write_photos
 
-from pipeline import Batch, Loader, Store, Subset, barlow_twins, center_view, open_loader, open_store
+from pipeline import DECODERS, Batch, Loader, Store, Subset, barlow_twins, center_view, open_loader, open_store
 from pipeline.machine import single_threaded_workers
 from pipeline.order import Samples, epoch_order
 
@@ -59,8 +59,9 @@ def test_a_batch_holds_two_views_and_the_labels_of_its_samples(photos: Path) -> 
     assert loader.bad == {}
 
 
-def test_without_shuffle_samples_come_in_order_and_the_last_batch_is_short(photos: Path) -> None:
-    loader = loader_of(open_store(photos), 16, shuffle=False)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_without_shuffle_samples_come_in_order_and_the_last_batch_is_short(photos: Path, decoder: str) -> None:
+    loader = loader_of(open_store(photos), 16, shuffle=False, decoder=decoder)
     assert len(loader) == 4
     batches = list(loader.epoch(3))
     assert [len(batch.samples) for batch in batches] == [16, 16, 16, 12]
@@ -81,8 +82,9 @@ def test_views_come_in_the_type_asked_for(photos: Path) -> None:
         assert b.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_loader_can_be_run_again_and_twice_at_once(photos: Path) -> None:
-    loader = loader_of(open_store(photos), 20)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_loader_can_be_run_again_and_twice_at_once(photos: Path, decoder: str) -> None:
+    loader = loader_of(open_store(photos), 20, decoder=decoder)
     once = list(loader.epoch(0))
     pairs = list(zip(loader.epoch(0), loader.epoch(0), strict=True))
     assert_same([a for a, _ in pairs], once)
@@ -123,6 +125,7 @@ def spoil(store: Store, samples: list[int]) -> None:
 REASONS = ("truncated", "cannot be read, or is empty", "when it was indexed")
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize(
     ("spoilt", "stand_ins"),
     [  # positions in the order of epoch 0: p is replaced by p + 6, p + 12, ... modulo 26; batches of 6
@@ -136,13 +139,13 @@ REASONS = ("truncated", "cannot be read, or is empty", "when it was indexed")
     ids=str,
 )
 def test_bad_images_are_replaced_from_the_same_place_of_later_batches(
-    own_photos: Path, spoilt: list[int], stand_ins: dict[int, int]
+    own_photos: Path, spoilt: list[int], stand_ins: dict[int, int], decoder: str
 ) -> None:
     store = open_store(own_photos)
     order = epoch_order(26, SEED, 0)
-    good = list(loader_of(store).epoch(0))
+    good = list(loader_of(store, decoder=decoder).epoch(0))
     spoil(store, order[spoilt].tolist())
-    loader = loader_of(store)
+    loader = loader_of(store, decoder=decoder)
     batches = list(loader.epoch(0))
 
     expected = order[:24].copy()
@@ -161,7 +164,7 @@ def test_bad_images_are_replaced_from_the_same_place_of_later_batches(
 
     assert_same(list(loader.epoch(0)), batches)  # all bad ones are known now
     for first in range(1, 4):  # as after a resume, where none is
-        assert_same(list(loader_of(store).epoch(0, first)), batches[first:])
+        assert_same(list(loader_of(store, decoder=decoder).epoch(0, first)), batches[first:])
 
 
 def test_ranks_replace_bad_images_as_one_does(own_photos: Path) -> None:
@@ -184,11 +187,12 @@ def test_a_stand_in_has_the_views_of_its_own_sample(own_photos: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["found out", "known before"])
-def test_without_shuffle_bad_images_are_left_out(own_photos: Path, known: bool) -> None:
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_without_shuffle_bad_images_are_left_out(own_photos: Path, decoder: str, known: bool) -> None:
     store = open_store(own_photos)
-    good = list(loader_of(store, shuffle=False).epoch(0))
+    good = list(loader_of(store, shuffle=False, decoder=decoder).epoch(0))
     spoil(store, [1, 4, *range(12, 18), 25])
-    loader = loader_of(store, shuffle=False)
+    loader = loader_of(store, shuffle=False, decoder=decoder)
     if known:
         list(loader.epoch(0))
     batches = list(loader.epoch(0))
@@ -202,12 +206,13 @@ def test_without_shuffle_bad_images_are_left_out(own_photos: Path, known: bool) 
             torch.testing.assert_close(a, b[kept], rtol=0, atol=1e-5)
 
 
-def test_where_no_image_is_left_the_error_names_files(own_photos: Path) -> None:
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_where_no_image_is_left_the_error_names_files(own_photos: Path, decoder: str) -> None:
     store = open_store(own_photos)
     for i in range(26):
         Path(store.name(i)).unlink()
     with pytest.raises(ValueError, match=r"(?s)cannot be decoded.*class\d/00\d\d\.jpg: it cannot be read"):
-        list(loader_of(store).epoch(0))
+        list(loader_of(store, decoder=decoder).epoch(0))
 
 
 # ── what is left behind ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -264,19 +269,21 @@ def fail_in_the_consumer(loader: Loader) -> None:
 
 
 @pytest.mark.parametrize("leave", [break_out, close, drop, never_begin, run_out, fail_in_the_consumer])
-def test_no_thread_outlives_its_iterator(photos: Path, leave: Callable[[Loader], None]) -> None:
-    loader = loader_of(open_store(photos))
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_no_thread_outlives_its_iterator(photos: Path, decoder: str, leave: Callable[[Loader], None]) -> None:
+    loader = loader_of(open_store(photos), decoder=decoder)
     before = set(threading.enumerate())
     for _ in range(20):
         leave(loader)
         assert set(threading.enumerate()) == before
 
 
-def test_an_error_while_reading_reaches_the_consumer_and_leaves_no_thread(photos: Path) -> None:
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_an_error_while_reading_reaches_the_consumer_and_leaves_no_thread(photos: Path, decoder: str) -> None:
     order = epoch_order(60, SEED, 0)
     before = set(threading.enumerate())
     for _ in range(20):
-        loader = loader_of(Moody(open_store(photos), fails_at=int(order[31])))  # in batch 5
+        loader = loader_of(Moody(open_store(photos), fails_at=int(order[31])), decoder=decoder)  # in batch 5
         seen: list[Batch] = []
         with pytest.raises(RuntimeError, match="the disk is on fire"):
             seen.extend(loader.epoch(0))
@@ -305,11 +312,12 @@ def threads_of_torch() -> tuple[int, int]:
     return torch.get_num_threads(), elsewhere[0]
 
 
-def test_torchs_own_threads_stay_as_they_were(photos: Path) -> None:
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_torchs_own_threads_stay_as_they_were(photos: Path, decoder: str) -> None:
     usual = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        loader = loader_of(open_store(photos))
+        loader = loader_of(open_store(photos), decoder=decoder)
         for _ in loader.epoch(0):
             assert threads_of_torch() == (3, 3)
         assert threads_of_torch() == (3, 3)

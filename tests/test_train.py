@@ -52,6 +52,7 @@ def test_a_labelled_folder_gives_a_summary_with_four_knn_scores(train: Train, ph
     run = tmp_path / "run"
     status, text = train("--data", photos, *TINY, "--run", run, "--epochs", "2", "--log-steps", "5")
     assert status == 0, text
+    assert "decoder torchvision (no GPU) with" in text
     summary = summary_of(run)
     assert list(summary) == SUMMARY
     assert (summary["preset"], summary["backbone"], summary["decoder"]) == ("demo", "resnet18", "torchvision")
@@ -132,7 +133,8 @@ def sixteen_bits() -> bytes:
     return encoded(image, "PNG")
 
 
-def test_odd_images_are_trained_on_or_reported_and_the_rest_goes_on(train: Train, tmp_path: Path) -> None:
+@pytest.mark.parametrize("decoder", pipeline.DECODERS)
+def test_odd_images_are_trained_on_or_reported_and_the_rest_goes_on(train: Train, tmp_path: Path, decoder: str) -> None:
     folder, run = write_photos(tmp_path / "photos", 40, classes=1), tmp_path / "run"
     good = encoded(picture(60, 60), quality=90)
     odd = {
@@ -147,8 +149,11 @@ def test_odd_images_are_trained_on_or_reported_and_the_rest_goes_on(train: Train
     }
     for name, data in odd.items():
         (folder / name).write_bytes(data)
-    status, text = train("--data", folder, *TINY, "--run", run, "--epochs", "6", "--log-steps", "1")
+    options = ("--decoder", decoder, "--epochs", "6", "--log-steps", "1")
+    status, text = train("--data", folder, *TINY, "--run", run, *options)
     assert status == 0, text
+    assert f"decoder {decoder} (as asked)" in text
+    assert summary_of(run)["decoder"] == decoder
     said = {name: [line for line in text.splitlines() if name in line] for name in odd}
     for name in ("text.jpg", "empty.jpg", "bomb.png", "bomb.jpg"):
         (line,) = said[name]
@@ -213,6 +218,7 @@ BAD_OPTIONS = {
     "--crop-area 0.5 0.1": ("--crop-area", "0.5", "range"),
     "--log-steps 0": ("--log-steps", "at least 1"),
     "--threads 0": ("--threads", "0", "at least 1"),
+    "--hw-decoder-load 65": ("--hw-decoder-load", "65", "from 0 to 1"),
     "--projector 32-x": ("projector", "32-x", "8192-8192-8192"),
     "--width 0": ("width", "0", "at least 1"),
     "--device cuda": ("GPU", "driver", "--device cpu"),

@@ -1,4 +1,4 @@
-"""The portable decoder: torchvision and Pillow in threads. Nothing beyond pip, any format, bit-identical to Pillow."""
+"""The portable decoder, in threads: pixels that are Pillow's to the bit, and the resize that torchvision calls."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class TorchvisionDecoder:
 
     name = "torchvision"
 
-    def __init__(self, store: Store, recipe: Recipe, threads: int) -> None:
-        self.store, self.size, self.threads = store, recipe.size, threads
+    def __init__(self, store: Store, recipe: Recipe, threads: int, why: str = "as asked") -> None:
+        self.store, self.size, self.threads, self.why = store, recipe.size, threads, why
         self.interpolation = recipe.crop.interpolation
         self.reads_outside = isinstance(recipe.crop, CenterCrop)  # a box inside an image resized as a whole
 
