@@ -37,7 +37,7 @@ def contest(store: Store, size: int, quick: bool, bar: Bar) -> list[Contender]:
 
     A turn of a loader is one run of it over all of them, its beginning and end included.
     """
-    turns, count = (3, 16) if quick else (7, 64)
+    turns, count = (3, 16) if quick else (7, 128)
     jpegs = (data for data in store.read_batch(np.arange(len(store))) if data[:2] == b"\xff\xd8")
     encoded = list(islice(jpegs, count))  # the only format that all of them read
     if len(encoded) < 2:
@@ -71,7 +71,7 @@ def _contenders(encoded: list[bytes], size: int) -> list[Entrant]:
     for decoder, (what, store) in product(DECODERS, stores.items()):
         packages = ("nvidia-dali-cuda130",) if decoder == "dali" else ("simplejpeg", "torch", "numba")
         with suppress(ValueError):  # not installed
-            loader = open_loader(store, barlow_twins(size), batch_size=min(16, len(store)), decoder=decoder, threads=1)
+            loader = open_loader(store, barlow_twins(size), batch_size=min(32, len(store)), decoder=decoder, threads=1)
             found.append(Entrant(f"twinfeed, {decoder}{what}", packages, "", partial(_run, loader)))
     return found
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .machine import Reservoir
 from .recipe import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, Recipe, ViewParams
 
 _CHUNK = 16  # images that a CPU thread takes at a time
@@ -26,33 +27,39 @@ def distort(
     recipe: Recipe,
     out_dtype: torch.dtype = torch.float32,
     pool: Executor | None = None,
+    memory: Reservoir | None = None,
 ) -> tuple[Tensor, ...]:
     """Views, each [B, 3, S, S] of `out_dtype`, channels_last and normalised, from uint8 crops [V, B, S, S, 3].
 
-    On the CPU the threads of `pool`, if there is one, share the work: the bits are the same for any number of them.
+    On the CPU the threads of `pool`, if there is one, share the work: the bits are the same for any number of them. The
+    views lie in `memory` there.
     """
     if crops.device.type == "cpu":
-        return _distort_on_cpu(crops, params, recipe, out_dtype, pool)
+        return _distort_on_cpu(crops, params, recipe, out_dtype, pool, memory or Reservoir())
     return tuple(distort_batched(view, params.take(v), recipe, out_dtype) for v, view in enumerate(crops))
 
 
 def _distort_on_cpu(
-    crops: Tensor, params: ViewParams, recipe: Recipe, out_dtype: torch.dtype, pool: Executor | None
+    crops: Tensor,
+    params: ViewParams,
+    recipe: Recipe,
+    out_dtype: torch.dtype,
+    pool: Executor | None,
+    memory: Reservoir,
 ) -> tuple[Tensor, ...]:
     from .fused import distort_view  # Numba takes a second to import, and a GPU does not need it
 
     count, batch, size = crops.shape[:3]
     compute = torch.promote_types(out_dtype, torch.float32)
-    shape = (batch, 3, size, size)
-    views = [torch.empty(shape, dtype=compute, memory_format=torch.channels_last) for _ in range(count)]
+    views = [memory.empty((batch, size, size, 3), compute) for _ in range(count)]
 
     def chunk(v: int, first: int) -> None:
         rows = slice(first, first + _CHUNK)
-        distort_view(crops[v, rows].numpy(), params.take(v, rows), recipe, views[v][rows].permute(0, 2, 3, 1).numpy())
+        distort_view(crops[v, rows].numpy(), params.take(v, rows), recipe, views[v][rows].numpy())
 
     chunks = [(v, first) for first in range(0, batch, _CHUNK) for v in range(count)]
     list((pool.map if pool else map)(chunk, *zip(*chunks, strict=True)))
-    return tuple(view.to(out_dtype) for view in views)
+    return tuple(view.permute(0, 3, 1, 2).to(out_dtype) for view in views)
 
 
 def distort_batched(crops: Tensor, params: ViewParams, recipe: Recipe, out_dtype: torch.dtype) -> Tensor:

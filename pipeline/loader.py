@@ -17,7 +17,7 @@ from torch import Tensor
 from .decoders import Boxes, Decoder
 from .distort import distort
 from .images import BadImage, decode
-from .machine import single_threaded_workers
+from .machine import Reservoir, single_threaded_workers
 from .order import Samples, epoch_order, replacements, step_positions, steps_per_epoch
 from .recipe import Recipe, ViewParams, draw
 from .stores import Store
@@ -156,13 +156,14 @@ class Loader:
 
         stream = self.decoder.stream(plan())
         pool = single_threaded_workers(self.threads, "distort") if self.device.type == "cpu" else None
+        memory = Reservoir()
         try:
             for crops, good in stream:
                 step = planned.popleft()
                 if not good.all():
                     step, crops = self._repair(step, crops, good)
                 if len(step.samples):
-                    yield self._finish(step, crops, pool)
+                    yield self._finish(step, crops, pool, memory)
         finally:
             stream.close()
             if pool is not None:
@@ -220,12 +221,12 @@ class Loader:
             return str(error)
         return "it did not decode, though it does now"
 
-    def _finish(self, step: Step, crops: Tensor, pool: ThreadPoolExecutor | None) -> Batch:
+    def _finish(self, step: Step, crops: Tensor, pool: ThreadPoolExecutor | None, memory: Reservoir) -> Batch:
         labels = torch.from_numpy(self.store.index["label"][step.samples].astype(np.int64))
         if pool is None:
             crops, labels = (  # a decoder on the device has left its crops there
                 t if t.device.type == self.device.type else t.pin_memory().to(self.device, non_blocking=True)
                 for t in (crops, labels)
             )
-        views = distort(crops, step.params, self.recipe, self.dtype, pool)
+        views = distort(crops, step.params, self.recipe, self.dtype, pool, memory)
         return Batch(views, labels, torch.from_numpy(step.samples))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
+import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, Lock
@@ -52,6 +55,26 @@ def describe_device(device: torch.device) -> str:
 def usable_cores() -> int:
     """CPU cores that this process may run on: on a shared machine fewer than it has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Reservoir:
+    """Memory for tensors, which is used again when the last tensor that lies in it is gone.
+
+    What the system hands out afresh it clears first, page by page: a twelfth of the time of making views on a CPU
+    (bench/NOTES.md). At most as much is kept as was in use at once.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[torch.Tensor]] = {}
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised, contiguous CPU tensor."""
+        count = math.prod(shape) * dtype.itemsize
+        free = self._free.setdefault(count, [])
+        block = free.pop() if free else torch.empty(count, dtype=torch.uint8)
+        lent = block.numpy()  # an object of its own, which the tensors made of it keep alive
+        weakref.finalize(lent, free.append, block).atexit = False
+        return torch.from_numpy(lent).view(dtype).view(*shape)
 
 
 def single_threaded_workers(threads: int, name: str) -> ThreadPoolExecutor:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ..images import BadImage, crop, decode
-from ..machine import single_threaded_workers
+from ..machine import Reservoir, single_threaded_workers
 from ..order import Samples
 from ..recipe import CenterCrop, Recipe
 from ..stores import Store
 from . import Boxes, Crops
 
 _BATCHES_AHEAD = 2
+_TOGETHER = 4  # images that a thread takes at a time: handing over each alone costs 4% at 224 px
 
 
 class TorchvisionDecoder:
@@ -31,13 +32,13 @@ class TorchvisionDecoder:
         self.reads_outside = isinstance(recipe.crop, CenterCrop)  # a box inside an image resized as a whole
 
     def stream(self, plan: Iterable[tuple[Samples, Boxes]]) -> Generator[Crops, None, None]:
-        batches: deque[tuple[Tensor, list[Future[bool]]]] = deque()
-        pool = single_threaded_workers(self.threads, "decode")
+        batches: deque[tuple[Tensor, list[Future[list[bool]]]]] = deque()
+        pool, memory = single_threaded_workers(self.threads, "decode"), Reservoir()
         try:
             for samples, boxes in plan:
-                crops = torch.empty((*boxes.shape[:2], self.size, self.size, 3), dtype=torch.uint8)  # [V, B, S, S, 3]
-                futures = [pool.submit(self._one, samples, boxes, i, crops) for i in range(len(samples))]
-                batches.append((crops, futures))
+                crops = memory.empty((*boxes.shape[:2], self.size, self.size, 3), torch.uint8)  # [V, B, S, S, 3]
+                parts = (slice(first, first + _TOGETHER) for first in range(0, len(samples), _TOGETHER))
+                batches.append((crops, [pool.submit(self._some, samples[p], boxes[:, p], crops[:, p]) for p in parts]))
                 if len(batches) > _BATCHES_AHEAD:
                     yield _finished(*batches.popleft())
             while batches:
@@ -45,18 +46,20 @@ class TorchvisionDecoder:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _one(self, samples: Samples, boxes: Boxes, i: int, crops: Tensor) -> bool:
-        sample = samples[i : i + 1]
-        row = self.store.index[sample[0]]
-        try:
-            pixels = decode(self.store.read_batch(sample)[0], int(row["height"]), int(row["width"]))
-        except BadImage:
-            return False
-        for view, view_boxes in enumerate(boxes):
-            box = view_boxes[i]
-            crops[view, i] = crop(pixels, box, self.size, self.interpolation, reads_outside=self.reads_outside)
-        return True
+    def _some(self, samples: Samples, boxes: Boxes, crops: Tensor) -> list[bool]:
+        """Fills in the crops; which of the samples were good."""
+        good = []
+        for i, (data, row) in enumerate(zip(self.store.read_batch(samples), self.store.index[samples], strict=True)):
+            try:
+                pixels = decode(data, int(row["height"]), int(row["width"]))
+            except BadImage:
+                good.append(False)
+                continue
+            for view, box in enumerate(boxes[:, i]):
+                crops[view, i] = crop(pixels, box, self.size, self.interpolation, reads_outside=self.reads_outside)
+            good.append(True)
+        return good
 
 
-def _finished(crops: Tensor, futures: list[Future[bool]]) -> Crops:
-    return crops, np.array([future.result() for future in futures], dtype=bool)
+def _finished(crops: Tensor, futures: list[Future[list[bool]]]) -> Crops:
+    return crops, np.array([good for future in futures for good in future.result()], dtype=bool)
