@@ -1,14 +1,16 @@
 """uint8 crops + parameters -> normalised views, on the device of the crops. The same for every decoder.
 
 Formulas are torchvision's for float images in [0, 1]. The blur is the exact Gaussian with replicated borders.
-On the CPU `fused.py` carries them out; what is here is for other devices: batched over samples that each have
-parameters of their own, an operation touching only the samples that need it.
+`fused.py` carries them out on a CPU and `fused_gpu.py` on a GPU, each compiled for it. What is here is for where they
+cannot be: batched over samples that each have parameters of their own, an operation touching only those that need it.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .machine import Reservoir
-from .recipe import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, Recipe, ViewParams
+from .recipe import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, Recipe, ViewParams, barlow_twins, draw
 
 _CHUNK = 16  # images that a CPU thread takes at a time
 
@@ -36,7 +38,25 @@ def distort(
     """
     if crops.device.type == "cpu":
         return _distort_on_cpu(crops, params, recipe, out_dtype, pool, memory or Reservoir())
+    if out_dtype != torch.float64 and (kernels := _gpu_kernels(crops.device)):
+        return kernels(crops, params, recipe, out_dtype)
     return tuple(distort_batched(view, params.take(v), recipe, out_dtype) for v, view in enumerate(crops))
+
+
+@cache
+def _gpu_kernels(device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
+    """Those of `fused_gpu.py`; None where Triton is missing, or the C compiler that it needs: one pixel is tried."""
+    try:
+        from .fused_gpu import distort_views
+
+        recipe = barlow_twins(1)
+        params = draw(recipe, 0, 0, *np.ones((3, 1), dtype=np.int64))
+        distort_views(torch.zeros((2, 1, 1, 1, 3), dtype=torch.uint8, device=device), params, recipe, torch.float32)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"distortions take several times as long, since Triton fails here: {reason}", stacklevel=2)
+        return None
+    return distort_views
 
 
 def _distort_on_cpu(

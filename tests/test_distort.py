@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import colorsys
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,8 +21,8 @@ from torch import Tensor
 from torchvision.transforms._functional_tensor import _hsv2rgb, _rgb2hsv
 
 from pipeline import open_loader, open_store
+from pipeline.distort import _gpu_kernels, distort_batched
 from pipeline.distort import distort as distort_on_cpu
-from pipeline.distort import distort_batched
 from pipeline.recipe import (
     BRIGHTNESS,
     CONTRAST,
@@ -220,6 +223,102 @@ def test_a_batch_is_what_pillow_and_torchvision_make_of_its_draws(photos: Path) 
                 x = before_solarizing(crop, row)
                 expected = T.solarize(x, THRESHOLD) if row.solarize else x
                 assert (view[i] * std + mean - expected).abs().mean() <= 1 / 255
+
+
+@pytest.fixture
+def kernels() -> Distort:
+    """Those for a GPU: there, or as Triton's interpreter understands them."""
+    pytest.importorskip("triton")
+    from pipeline.fused_gpu import distort_views
+
+    if not torch.cuda.is_available():
+        return distort_views
+    return lambda crops, *rest: tuple(view.cpu() for view in distort_views(crops.cuda(), *rest))
+
+
+def each_alone() -> list[dict[str, object]]:
+    """Parameters of which each set does one thing, at several strengths; and some that do several."""
+    jitters = [(i, f) for i in (BRIGHTNESS, CONTRAST, SATURATION) for f in (0.0, 0.6, 1.4)]
+    jitters += [(HUE, f) for f in (-0.5, -0.1, 0.03, 0.1, 0.5)]
+    found: list[dict[str, object]] = [{}, {"flip": True}, {"gray": True}, {"solarize": True}]
+    found += [{"blur_sigma": sigma} for sigma in (0.1, 0.4, 1.1, 2.0, 30.0)]
+    found += [{"gray": True, "blur_sigma": 1.3, "solarize": True, "flip": True}]
+    return found + [{"jitter": True, "jitter_factor": {i: f}} for i, f in jitters]
+
+
+@pytest.mark.parametrize("size", [17, 40])  # less than a block of pixels, and two
+def test_the_kernels_for_a_gpu_do_each_operation(kernels: Distort, size: int) -> None:
+    sets = each_alone()
+    params = unchanged(1, len(sets))
+    params = ViewParams(*(np.array(field) for field in params))
+    for i, fields in enumerate(sets):
+        for name, value in fields.items():
+            if name == "jitter_factor":
+                for operation, factor in value.items():
+                    params.jitter_factor[0, i, operation] = factor
+            else:
+                getattr(params, name)[0, i] = value
+    recipe = Recipe(size, RandomResizedCrop(), (View(),), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    crops = crops_of(len(sets), size)
+    (ours,), (expected,) = kernels(crops, params, recipe, torch.float32), distort_on_cpu(crops, params, recipe)
+    assert torch.equal(ours[0], crops[0, 0].permute(2, 0, 1) / 255)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=4e-6)
+
+
+def test_views_by_the_kernels_for_a_gpu_are_torchvisions_in_float64(
+    kernels: Distort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paper's two views, in several parts: batches are cut."""
+    count, size = 12, 32
+    monkeypatch.setattr(sys.modules["pipeline.fused_gpu"], "_IMAGES", 7)
+    recipe = barlow_twins(size, blur_p=(1.0, 0.5), solarize_p=(0.0, 0.5))
+    params = draw(recipe, 1, 0, np.arange(count), *np.full((2, count), 100))
+    crops = crops_of(count, size, views=2)
+    mean, std = (torch.tensor(c, dtype=torch.float64)[:, None, None] for c in (recipe.mean, recipe.std))
+    for v, view in enumerate(kernels(crops, params, recipe, torch.float32)):
+        assert view.is_contiguous(memory_format=torch.channels_last)
+        for i in range(count):
+            row = params.take(v, i)
+            close(view[i].double() * std + mean, before_solarizing(crops[v, i], row), row, 1e-5)
+    half = kernels(crops[:, :2], params.take(slice(None), slice(2)), recipe, torch.bfloat16)
+    assert [view.dtype for view in half] == [torch.bfloat16] * 2
+
+
+def test_the_kernels_for_a_gpu_compile(tmp_path: Path) -> None:
+    """To machine code for an A100 and an H100 or H200, on a machine that need not have one."""
+    pytest.importorskip("triton")
+    program = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import pipeline.fused_gpu as kernels
+
+tensors = {"crops": "*u8", "out": "*fp32", "views": "*bf16"}
+for name in ("_mean", "_colour", "_blur_rows", "_finish"):
+    function = getattr(kernels, name)
+    types = {argument: tensors.get(argument, "*fp32") for argument in function.arg_names}
+    types |= {"pixels": "i32", "size": "i32", "BLOCK": "constexpr"}
+    source = ASTSource(function, types, constexprs={"BLOCK": 1024})
+    for capability in (80, 90):
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32))
+        print(name, capability, len(compiled.asm["cubin"]))
+"""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 8
+
+
+def test_without_triton_a_gpu_distorts_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    with pytest.warns(UserWarning, match="Triton fails here: import of triton halted"):
+        monkeypatch.setitem(sys.modules, "triton", None)
+        monkeypatch.delitem(sys.modules, "pipeline.fused_gpu", raising=False)
+        assert _gpu_kernels.__wrapped__(cpu) is None
+    monkeypatch.undo()
+    assert _gpu_kernels.__wrapped__(cpu) is not None
 
 
 # ── each of them alone ───────────────────────────────────────────────────────────────────────────────────────────────
