@@ -313,9 +313,9 @@ for name in ("_mean", "_colour", "_blur_rows", "_finish"):
 
 def test_without_triton_a_gpu_distorts_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "pipeline.fused_gpu", raising=False)
     with pytest.warns(UserWarning, match="Triton fails here: import of triton halted"):
-        monkeypatch.setitem(sys.modules, "triton", None)
-        monkeypatch.delitem(sys.modules, "pipeline.fused_gpu", raising=False)
         assert _gpu_kernels.__wrapped__(cpu) is None
     monkeypatch.undo()
     assert _gpu_kernels.__wrapped__(cpu) is not None
