@@ -25,15 +25,18 @@ def main(arguments: list[str]) -> int:
         from . import report
 
         return report.main(arguments[1:])
-    from . import run
+    from . import options
 
-    return run.main(arguments)
+    config = options.parse(arguments)
+    from . import run  # torch takes seconds to load: only once the command line is understood
+
+    return run.main(config)
 
 
 if __name__ == "__main__":
     try:
         status = main(sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("TWINFEED_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
