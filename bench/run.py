@@ -45,6 +45,7 @@ from .verdict import (
 
 _SAMPLE = 32  # encoded images that the ceilings of decoding are measured with
 _MANY_READERS = 32
+_QUICK, _FULL = (0.4, 3), (2.0, 5)  # seconds of a repeat, and repeats of a rung
 _RUNGS = {
     PLAN: "order, draw, labels: what a batch is made of",
     COLD: "encoded images from the disk, a thread for each core",
@@ -92,6 +93,8 @@ def measure(config: Bench, ranks: Ranks, log: RunLog) -> record.Record:
         encoded = ladder.memory.read_batch(np.arange(len(store)))
         mean_bytes = sum(map(len, encoded)) / len(encoded)
         sample = decodable(encoded[:_SAMPLE], store)
+        if not sample:
+            raise ValueError(f"none of the first {_SAMPLE} images decodes, the first: {store.name(0)}")
         feed = Feed(
             rates={},
             on_gpu=gpu,
@@ -109,6 +112,9 @@ def measure(config: Bench, ranks: Ranks, log: RunLog) -> record.Record:
     if config.peers and ranks.world == 1:
         with log.bar("the peers, in turns on one core") as bar:
             contenders = contest.contest(decodable(encoded[: contest.IMAGES], store), config.size, config.quick, bar)
+    finding = verdict(feed)
+    if ranks.world > 1:
+        finding[0] = f"Of each of {ranks.world} ranks, all at work: {finding[0]}"
     index = store.index
     return record.Record(
         command=record.command(sys.argv[1:], ranks.world),
@@ -135,7 +141,7 @@ def measure(config: Bench, ranks: Ranks, log: RunLog) -> record.Record:
         rungs=rungs,
         contenders=contenders,
         bounds=bounds(feed),
-        verdict=verdict(feed),
+        verdict=finding,
     )
 
 
@@ -171,7 +177,7 @@ def climb(
     rungs: list[Rung] = []
     rates: dict[str, float] = {}
     feed = feed._replace(rates=rates)
-    seconds, repeats = (0.4, 3) if quick else (2.0, 5)
+    seconds, repeats = _QUICK if quick else _FULL
     clock = Clock(device, ranks, seconds, repeats)
 
     def rung(name: str, work: Work, on: str, ceiling: float | None, ceiling_is: str, before: Act = nothing) -> None:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from runlog import RunLog
 
-from .record import Record, Rung
+from .record import Contender, Record, Rung
 
 
 def record(result: Record, log: RunLog) -> None:
@@ -30,7 +30,9 @@ def record(result: Record, log: RunLog) -> None:
         log.console.print(_ranks(result.rungs))
     if result.contenders:
         log.say("")
-        contest = [(c.name, number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}") for c in result.contenders]
+        contest = [
+            (c.name, number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}") for c in result.contenders
+        ]
         log.console.print(_table(("two views on one core", "images/s", "+-", "ratio"), contest))
         log.say("\nWhat differs from the paper:")
         for c in result.contenders:
@@ -61,11 +63,15 @@ def _row_of_ranks(rung: Rung, count: int) -> tuple[str, ...]:
     return rung.name, *map(number, rates), f"{max(0.0, rung.contention):.0%}"
 
 
+def _row_of_contest(c: Contender) -> tuple[str, ...]:
+    return c.name, number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}"
+
+
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Figures to the right. A line is never broken: on a narrow terminal it is cut."""
     table = Table(box=None, pad_edge=False)
     for i, header in enumerate(headers):
-        figure = 0 < i and header != "reaches"
+        figure = i > 0 and header != "reaches"
         table.add_column(header, justify="right" if figure else "left", no_wrap=True)
     for cells in rows:
         table.add_row(*map(Text, cells))

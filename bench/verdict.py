@@ -92,7 +92,8 @@ def verdict(feed: Feed) -> list[str]:
     ceilings = bounds(feed)
     binding = min(ceilings, key=lambda name: ceilings[name])
     ceiling = ceilings[binding]
-    said = [f"{_bound(feed)} That allows {ceiling:,.0f} images/s."]
+    bound = _bound(feed)
+    said = [f"{bound[0].upper()}{bound[1:]} That allows {ceiling:,.0f} images/s."]
     if E2E in feed.rates:
         trained = feed.rates[E2E]
         said.append(f"End to end, training reaches {trained:,.0f} images/s: {trained / ceiling:.0%} of it.")
@@ -104,7 +105,7 @@ def verdict(feed: Feed) -> list[str]:
     said += _advice(changes(feed))
     if binding == CORES and next(iter(times(feed)[CORES])) == STEP:
         feed = without_step(feed)
-        said.append(f"Without the step, the feed makes {min(bounds(feed).values()):,.0f} images/s: {_bound(feed)}")
+        said.append(f"The feed alone allows {min(bounds(feed).values()):,.0f} images/s and is {_bound(feed)}")
         said += _advice(changes(feed))
     return said
 
@@ -115,7 +116,7 @@ def _bound(feed: Feed) -> str:
     binding = min(ceilings, key=lambda name: ceilings[name])
     spent = times(feed)[binding]
     first, *others = ((name, seconds / sum(spent.values())) for name, seconds in spent.items())
-    word = {TWO_CROPS: "Decode", COLD: "Disk", WARM: "Read", COPY: "Copy"}.get(first[0], first[0].capitalize())
+    word = {TWO_CROPS: "decode", COLD: "disk", WARM: "read", COPY: "copy"}.get(first[0], first[0])
     if not others:
         return f"{word}-bound: {binding} is the bottleneck."
     where = f"{feed.cores} core{'s' * (feed.cores > 1)}" if binding == CORES else binding
