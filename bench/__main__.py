@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import sys
 
+from runlog import RunLog
+
 # As train.py does, before torch is loaded.
 os.environ |= {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"} | os.environ
 
@@ -28,9 +30,12 @@ def main(arguments: list[str]) -> int:
     from . import options
 
     config = options.parse(arguments)
-    from . import run  # torch takes seconds to load: only once the command line is understood
-
-    return run.main(config)
+    log = RunLog()
+    log.console.quiet = os.environ.get("RANK", "0") != "0"  # under torchrun one of them speaks
+    with log:
+        with log.bar("loading torch"):  # takes seconds: only once the command line is understood
+            from . import run
+        return run.main(config, log)
 
 
 if __name__ == "__main__":

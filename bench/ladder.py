@@ -27,6 +27,7 @@ from presets import ModelConfig, OptimConfig
 from .measure import Work, one_core
 
 _ENDLESS = 1 << 40  # steps
+_FIRST_STEPS = 5  # of a network, which are slower: memory is found for them (and they are compiled, on a GPU)
 _READ_AT_ONCE = 16  # images that a thread reads on end: handing over single ones would cost more than reading them
 
 
@@ -182,11 +183,14 @@ class Ladder:
 
     def step(self) -> Generator[int, None, None]:
         """Training steps on two batches of views that are there already."""
-        shape = (self.setting.batch_size, 3, self.setting.size, self.setting.size)
-        views = [torch.randn(shape, device=self.device).to(memory_format=torch.channels_last) for _ in range(4)]
+        views = self.some_views(4)
         for view_a, view_b in cycle((views[:2], views[2:])):
             self.train(view_a, view_b)
-            yield shape[0]
+            yield len(view_a)
+
+    def some_views(self, count: int) -> list[Tensor]:
+        shape = (self.setting.batch_size, 3, self.setting.size, self.setting.size)
+        return [torch.randn(shape, device=self.device).to(memory_format=torch.channels_last) for _ in range(count)]
 
     def end_to_end(self) -> Generator[int, None, None]:
         """The feed and the step at once: what training does."""
@@ -218,6 +222,8 @@ class Ladder:
             scaler.step(optimizer)
             scaler.update()
 
+        for _ in range(_FIRST_STEPS):
+            train(*self.some_views(2))
         return train
 
 

@@ -82,8 +82,11 @@ def draw(records: Sequence[Record], path: Path) -> None:
         left, right = panels
         rungs = result.rungs[::-1]
         colours = ["#d1495b" if rung.name == E2E else "#8d96a3" if rung.name == STEP else "#2e86ab" for rung in rungs]
-        left.barh([rung.name for rung in rungs], [rung.rates.median for rung in rungs], color=colours)
+        medians = [rung.rates.median for rung in rungs]
+        bars = left.barh([rung.name for rung in rungs], medians, color=colours)
+        left.bar_label(bars, [f" {show.number(median)}" for median in medians])
         left.set_xscale("log")
+        left.set_xlim(min(medians) / 3, max(medians) * 6)
         left.set_xlabel("two-view images/s")
         left.set_title(f"{result.machine.gpu or result.machine.cpu}, {result.settings['threads']} threads")
         contenders = result.contenders[::-1]

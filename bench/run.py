@@ -61,13 +61,10 @@ _RUNGS = {
 }
 
 
-def main(config: Bench) -> int:
+def main(config: Bench, log: RunLog) -> int:
     ranks = Ranks.started(dict(os.environ))
-    log = RunLog()
-    log.console.quiet = ranks.rank > 0  # one of them speaks
-    with log:
-        result = measure(config, ranks, log)
-        show.record(result, log)
+    result = measure(config, ranks, log)
+    show.record(result, log)
     if config.json and ranks.rank == 0:
         result.write(config.json)
         log.say(f"written to {config.json}")
@@ -190,7 +187,7 @@ def climb(
         clock.after_each = nothing
         rates[name] = together[0].median
         every = together if ranks.world > 1 else []
-        rungs.append(Rung(name, _RUNGS[name], together[0], on, ceiling, ceiling_is, every, alone))
+        rungs.append(Rung(name, _RUNGS[name], together[0], on, ceiling, ceiling_is if ceiling else "", every, alone))
 
     def parts(feed: Feed) -> float:
         return min(bounds(feed._replace(cold=False)).values())  # the files are warm
@@ -213,7 +210,7 @@ def climb(
             rung(COPY, ladder.copy, "bus", moved, "one large copy")
         ceiling, ceiling_is = parts(without_step(feed)), "its parts in turn"
         if threads > 1 and not feed.on_gpu and ranks.world == 1:
-            rung(ONE_CORE, ladder.feed_on_one_core, "one core", ceiling / threads, ceiling_is)
+            rung(ONE_CORE, ladder.feed_on_one_core, "one core", bare and bare / threads, "bare libjpeg-turbo")
             ceiling, ceiling_is = threads * rates[ONE_CORE], f"{threads} x one core"
         rung(FEED, ladder.feed, chip, ceiling, ceiling_is)
         multiplied = ceilings.arithmetic(setting.network, setting.size, device)

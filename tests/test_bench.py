@@ -432,7 +432,7 @@ def check(found: Record, text: str) -> None:
     assert (ONE_CORE in names) == (found.settings["threads"] > 1 and found.settings["ranks"] == 1)
     assert all(rate > 0 for rung in found.rungs for rate in rung.rates.images_per_s)
     assert all(len(rung.rates.images_per_s) == 2 for rung in found.rungs)
-    assert all(rung.ceiling and rung.ceiling_is for rung in found.rungs if rung.name not in (PLAN, DECODE))
+    assert all(rung.ceiling and rung.ceiling_is for rung in found.rungs if rung.name not in (PLAN, DECODE, ONE_CORE))
     assert found.bounds == {CORES: pytest.approx(found.bounds[CORES])}
     assert "-bound on" in found.verdict[0]
     assert all(name in text for name in names)
@@ -483,7 +483,7 @@ def test_a_folder_with_other_formats_and_broken_files(bench: Bench, forty: Path)
     assert "replaced, since it does not decode" in text
     assert "0001.jpg: truncated or damaged" in text
     decode = next(rung for rung in found.rungs if rung.name == DECODE)
-    assert decode.ceiling is None  # no bare JPEG decoding stands beside PNG
+    assert (decode.ceiling, decode.ceiling_is) == (None, "")  # no bare JPEG decoding stands beside PNG
     assert found.contenders[0].ratio == 1
 
 
@@ -686,8 +686,9 @@ def test_a_quick_run_on_drawn_photographs_stays_within_a_minute(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 60 + 15  # and the drawing, once
     found = record.read(tmp_path / "a.json")
-    over = {r.name: r.rates.median / r.ceiling for r in found.rungs if r.ceiling and r.rates.median > 1.25 * r.ceiling}
-    assert not over  # a ceiling is one, within the noise of a shared machine
+    for rung in found.rungs:  # a ceiling is one; the noise of a shared machine hits sums of several rungs harder
+        most = 1.5 if rung.ceiling_is == "its parts in turn" else 1.2
+        assert rung.ceiling is None or rung.rates.median < most * rung.ceiling, rung.name
 
 
 @pytest.mark.slow
@@ -815,7 +816,16 @@ def test_a_peer_that_cannot_be_imported_is_missing_and_one_that_is_needed_is_wro
 
 
 def test_the_doctor_works_where_torch_is_not_installed() -> None:
-    code = "import sys; sys.modules['torch'] = None; from bench.__main__ import main; sys.exit(main(['doctor']))"
+    code = """
+import sys
+class Absent:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError("No module named 'torch'")
+sys.meta_path.insert(0, Absent())
+from bench.__main__ import main
+sys.exit(main(["doctor"]))
+"""
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert said.returncode == 1, said.stderr
     assert "WRONG" in finding(said.stdout, "torch")
