@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import sys
 
+from runlog import RunLog
+
 # As train.py does, before torch is loaded.
 os.environ |= {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"} | os.environ
 
@@ -25,15 +27,21 @@ def main(arguments: list[str]) -> int:
         from . import report
 
         return report.main(arguments[1:])
-    from . import run
+    from . import options
 
-    return run.main(arguments)
+    config = options.parse(arguments)
+    log = RunLog()
+    log.console.quiet = os.environ.get("RANK", "0") != "0"  # under torchrun one of them speaks
+    with log:
+        with log.bar("loading torch"):  # takes seconds: only once the command line is understood
+            from . import run
+        return run.main(config, log)
 
 
 if __name__ == "__main__":
     try:
         status = main(sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("TWINFEED_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")

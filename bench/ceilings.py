@@ -1,9 +1,11 @@
-"""What the machine could do at most where a rung does nothing but its one necessary thing: measured, not looked up."""
+"""What the machine could do at most where a rung does nothing but its one necessary thing: measured, not looked up.
+
+Each is the best of a few repeats, on as many threads as the rung has.
+"""
 
 from __future__ import annotations
 
 import io
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,24 +19,32 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as barlow
 from presets import ModelConfig
 
-_BLOCK = 64 << 20  # bytes: beyond what caches hold
+_BLOCK = 16 << 20  # bytes a thread: beyond what its core's caches hold
+_GPU_BLOCK = 256 << 20
 _REPEATS = 5
 
 
-def reading(mean_bytes: float) -> float:
-    """Images/s at which one core copies encoded images in memory."""
-    source, target = np.ones(_BLOCK, dtype=np.uint8), np.empty(_BLOCK, dtype=np.uint8)
-    return _BLOCK / _seconds(lambda: np.copyto(target, source)) / mean_bytes
+def reading(mean_bytes: float, threads: int) -> float:
+    """Images/s at which encoded images are copied in memory."""
+    blocks = [(np.ones(_BLOCK, dtype=np.uint8), np.ones(_BLOCK, dtype=np.uint8)) for _ in range(threads)]
+    return _BLOCK / mean_bytes * _on_all(threads, lambda thread: np.copyto(*blocks[thread]))
 
 
 def decoding(encoded: Sequence[bytes], threads: int) -> float | None:
-    """Images/s of libjpeg-turbo's bare call on one core, times the cores; None where not all are JPEGs."""
-    if not all(data[:2] == b"\xff\xd8" for data in encoded):
+    """Images/s of libjpeg-turbo's bare call; None where not all are JPEGs that it takes."""
+    if not encoded or not all(data[:2] == b"\xff\xd8" for data in encoded):
         return None
     try:
-        return threads * len(encoded) / _seconds(lambda: [simplejpeg.decode_jpeg(data, "RGB") for data in encoded])
+        sizes = [simplejpeg.decode_jpeg(data, "RGB").size for data in encoded]
     except ValueError:  # damaged, or CMYK
         return None
+    pixels = [np.zeros(max(sizes), dtype=np.uint8) for _ in range(threads)]  # written before: no page faults
+
+    def decode(thread: int) -> None:
+        for data in encoded:
+            simplejpeg.decode_jpeg(data, "RGB", buffer=pixels[thread])
+
+    return len(encoded) * _on_all(threads, decode)
 
 
 def smaller(encoded: Sequence[bytes], side: int) -> list[bytes]:
@@ -51,20 +61,18 @@ def smaller(encoded: Sequence[bytes], side: int) -> list[bytes]:
 
 def writing(bytes_per_image: int, device: torch.device, threads: int) -> float:
     """Images/s at which the device's memory takes up finished views."""
-    blocks = [torch.empty(_BLOCK, dtype=torch.uint8, device=device) for _ in range(threads)]
     if device.type == "cuda":
-        return _BLOCK / _seconds(lambda: blocks[0].fill_(1), device) / bytes_per_image
-    with ThreadPoolExecutor(threads) as pool:
-        fill = [block.numpy().fill for block in blocks]
-        seconds = _seconds(lambda: list(pool.map(lambda one: one(1), fill)))
-    return threads * _BLOCK / seconds / bytes_per_image
+        block = torch.empty(_GPU_BLOCK, dtype=torch.uint8, device=device)
+        return _GPU_BLOCK / bytes_per_image / _seconds(lambda: block.fill_(1), device)
+    blocks = [np.ones(_BLOCK, dtype=np.uint8) for _ in range(threads)]
+    return _BLOCK / bytes_per_image * _on_all(threads, lambda thread: blocks[thread].fill(1))
 
 
 def copying(bytes_per_image: int, device: torch.device) -> float:
     """Images/s that one large pinned copy to the device comes to."""
-    block = torch.empty(4 * _BLOCK, dtype=torch.uint8).pin_memory()
+    block = torch.empty(_GPU_BLOCK, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(block, device=device)
-    return 4 * _BLOCK / _seconds(lambda: target.copy_(block, non_blocking=True), device) / bytes_per_image
+    return _GPU_BLOCK / bytes_per_image / _seconds(lambda: target.copy_(block, non_blocking=True), device)
 
 
 def arithmetic(network: ModelConfig, size: int, device: torch.device) -> float:
@@ -88,8 +96,14 @@ def step_flop(network: ModelConfig, size: int) -> float:
     return 2 * counter.get_total_flops() / batch
 
 
+def _on_all(threads: int, work: Callable[[int], object]) -> float:
+    """How often a second all threads together get the work done, each at its own."""
+    with ThreadPoolExecutor(threads) as pool:
+        return threads / _seconds(lambda: list(pool.map(work, range(threads))))
+
+
 def _seconds(work: Callable[[], object], device: torch.device | None = None) -> float:
-    """Median time of the work."""
+    """The shortest time that the work took."""
     found = []
     for _ in range(1 + _REPEATS):
         if device is not None and device.type == "cuda":
@@ -99,4 +113,4 @@ def _seconds(work: Callable[[], object], device: torch.device | None = None) -> 
         if device is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - began)
-    return statistics.median(found[1:])
+    return min(found[1:])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
-from itertools import islice, product
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from pipeline import DECODERS, Loader, Store, barlow_twins, open_loader
+from pipeline import DECODERS, Loader, barlow_twins, open_loader
 from pipeline.images import image_size
 from runlog import Bar
 
@@ -21,8 +23,9 @@ from .ladder import InMemory
 from .measure import one_core
 from .peers import peers
 from .record import Contender, Rates
+from .verdict import SMALL
 
-_SMALL = 400  # pixels: the longest side of the smaller JPEGs
+IMAGES = 128  # of a turn
 
 
 class Entrant(NamedTuple):
@@ -32,47 +35,62 @@ class Entrant(NamedTuple):
     run: Callable[[], object]
 
 
-def contest(store: Store, size: int, quick: bool, bar: Bar) -> list[Contender]:
-    """Every contender over the same images of `store`, turn by turn; the authors' transform is the first.
+def contest(encoded: Sequence[bytes], size: int, quick: bool, bar: Bar) -> list[Contender]:
+    """Every contender over the same images, turn by turn; the authors' transform is the first.
 
-    A turn of a loader is one run of it over all of them, its beginning and end included.
+    A turn of a loader is one run of it over all of them, its beginning and end included. Only what all can read takes
+    part: JPEGs in colour or grey.
     """
-    turns, count = (3, 16) if quick else (7, 128)
-    jpegs = (data for data in store.read_batch(np.arange(len(store))) if data[:2] == b"\xff\xd8")
-    encoded = list(islice(jpegs, count))  # the only format that all of them read
-    if len(encoded) < 2:
+    turns, count = (3, 16) if quick else (7, IMAGES)
+    encoded = [data for data in encoded if _ordinary(data)][:count]
+    if not encoded:
         return []
     with one_core():
-        runs = _contenders(encoded, size)
-        seconds: dict[str, list[float]] = {entrant.name: [] for entrant in runs}
+        entrants = _entrants(encoded, size)
+        seconds: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
         for turn in range(turns + 1):  # the first warms up: it builds, compiles and fills caches
-            for i, (name, _, _, run) in enumerate(runs):
-                bar(turn * len(runs) + i, (turns + 1) * len(runs), name)
+            for i, entrant in enumerate(entrants):
+                bar(turn * len(entrants) + i, (turns + 1) * len(entrants), entrant.name)
                 began = time.perf_counter()
-                run()
+                entrant.run()
                 if turn:
-                    seconds[name].append(time.perf_counter() - began)
-    reference = next(iter(seconds.values()))
+                    seconds[entrant.name].append(time.perf_counter() - began)
+    reference = seconds[entrants[0].name]
     return [
         Contender(
-            name,
-            differs,
-            record.versions(packages),
-            Rates([len(encoded) / s for s in seconds[name]]),
-            statistics.median(theirs / ours for theirs, ours in zip(reference, seconds[name], strict=True)),
+            entrant.name,
+            entrant.differs,
+            record.versions(entrant.packages),
+            Rates([len(encoded) / s for s in seconds[entrant.name]]),
+            statistics.median(theirs / ours for theirs, ours in zip(reference, seconds[entrant.name], strict=True)),
         )
-        for name, packages, differs, _ in runs
+        for entrant in entrants
     ]
 
 
-def _contenders(encoded: list[bytes], size: int) -> list[Entrant]:
+def _ordinary(data: bytes) -> bool:
+    if data[:2] != b"\xff\xd8":
+        return False
+    with Image.open(io.BytesIO(data)) as image:
+        return image.mode in ("RGB", "L")
+
+
+def _entrants(encoded: list[bytes], size: int) -> list[Entrant]:
     found = [Entrant(peer.name, peer.packages, peer.differs, partial(peer.views, encoded)) for peer in peers(size)]
-    stores = {"": _store(encoded), f", JPEGs of at most {_SMALL} px": _store(ceilings.smaller(encoded, _SMALL))}
-    for decoder, (what, store) in product(DECODERS, stores.items()):
+    small = f"nothing, but the images are JPEGs of at most {SMALL} px a side"
+    stores = ("", "", _store(encoded)), (f", {SMALL} px", small, _store(ceilings.smaller(encoded, SMALL)))
+    for decoder, (suffix, differs, store) in product(DECODERS, stores):
         packages = ("nvidia-dali-cuda130",) if decoder == "dali" else ("simplejpeg", "torch", "numba")
         with suppress(ValueError):  # not installed
+<<<<<<< HEAD
             loader = open_loader(store, barlow_twins(size), batch_size=min(32, len(store)), decoder=decoder, threads=1)
             found.append(Entrant(f"twinfeed, {decoder}{what}", packages, "", partial(_run, loader)))
+=======
+            loader = open_loader(  # in order: every image takes part, however many make the last batch
+                store, barlow_twins(size), batch_size=16, decoder=decoder, threads=1, shuffle=False
+            )
+            found.append(Entrant(f"twinfeed, {decoder}{suffix}", packages, differs, partial(_run, loader)))
+>>>>>>> benchtests
     return found
 
 

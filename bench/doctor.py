@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tyro
-from rich.table import Table
-from rich.text import Text
 
-import pipeline
-from runlog import RunLog
+from runlog import Bar, RunLog
 
 from . import record
 
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 _GOOD, _MISSING, _WRONG = "ok", "missing", "WRONG"
 
 
@@ -65,27 +63,30 @@ def main(arguments: list[str]) -> int:
     """Prints the findings; 1 where something is wrong without which nothing runs."""
     tyro.cli(_nothing, args=arguments, prog="python -m bench doctor", description=__doc__)
     with RunLog() as log:
-        findings = []
         with log.bar("looking") as bar:
-            for finding in examine():
-                findings.append(finding)
-                bar(len(findings), len(findings))
-        table = Table("", "", "", "what to do", box=None, pad_edge=False)
-        for finding in findings:
-            table.add_row(*map(Text, finding))
-        log.console.print(table)
+            findings = list(examine(bar))
+        wide = max(len(finding.what) for finding in findings)
+        for what, state, found, remedy in findings:
+            log.say(f"{what:{wide}}  {state:7}  {found}")
+            if remedy:
+                log.say(f"{'':{wide}}           -> {remedy}")
     return int(any(finding.state == _WRONG for finding in findings))
 
 
 def _nothing() -> None: ...
 
 
-def examine() -> Iterator[Finding]:
+def examine(bar: Bar) -> Iterator[Finding]:
     """Looks at the libraries, the GPU, and the machine."""
     yield Finding("python", _GOOD, platform.python_version())
-    for part in _PARTS:
-        yield library(part)
-    yield gpu()
+    complete = True
+    for done, part in enumerate(_PARTS):
+        bar(done, len(_PARTS), part.distribution)
+        finding = library(part)
+        complete &= finding.state != _WRONG
+        yield finding
+    if complete:  # which torch knows
+        yield gpu()
     yield from machine()
 
 
@@ -109,6 +110,8 @@ def gpu() -> Finding:
     """The GPU, its driver and power limit, or why torch cannot use it."""
     import torch
 
+    import pipeline
+
     try:
         device = pipeline.find_device()
     except ValueError as error:
@@ -125,14 +128,15 @@ def gpu() -> Finding:
 
 def machine() -> Iterator[Finding]:
     """Cores, memory, disks, and the settings of the system that matter."""
-    cores, all_cores = pipeline.usable_cores(), os.cpu_count() or 1
+    cores, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     quota = cpu_quota()
     limited = f", but a container's quota of {quota:.1f}" if quota and quota < cores else ""
-    remedy = "--threads as many as the quota" if limited else ""
+    remedy = f"--threads {max(1, int(quota))}" if quota and limited else ""
     yield Finding("cores", _GOOD, f"{cores} of {all_cores} may be used{limited}", remedy)
     memory = record.memory_gib()
     yield Finding("memory", _GOOD, f"{memory:.0f} GiB: data up to {0.7 * memory:.0f} GiB are read from the disk once")
-    for what, folder in (("cache folder", pipeline.cache_folder()), ("this folder", Path.cwd())):
+    cache = Path(os.environ.get("TWINFEED_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for what, folder in (("cache folder", cache), ("this folder", Path.cwd())):
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(place).free / 2**30
         writable = os.access(place, os.W_OK)
@@ -153,7 +157,7 @@ def machine() -> Iterator[Finding]:
 def cpu_quota() -> float | None:
     """Cores that a control group grants, where it limits them."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = _CPU_MAX.read_text().split()
         return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         return None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ from presets import ModelConfig, OptimConfig
 from .measure import Work, one_core
 
 _ENDLESS = 1 << 40  # steps
+_FIRST_STEPS = 5  # of a network, which are slower: memory is found for them (and they are compiled, on a GPU)
+_READ_AT_ONCE = 16  # images that a thread reads on end: handing over single ones would cost more than reading them
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,14 @@ class InMemory:
 
 
 class Ladder:
-    """The rungs as work for a `Clock`. Each yields numbers of images done, without end where that can be."""
+    """The rungs as work for a `Clock`. Each yields numbers of images done, without end where that can be.
 
-    def __init__(self, setting: Setting) -> None:
+    Every rank does the same work, but the cold read, of which each does its share: together they read a file once.
+    """
+
+    def __init__(self, setting: Setting, rank: int = 0, world: int = 1) -> None:
         self.setting, self.device = setting, setting.device
+        self.mine = np.random.default_rng(0).permutation(len(setting.store))[rank::world]
         self.recipe = barlow_twins(setting.size)
         self.memory = InMemory(setting.store.read_batch(np.arange(len(setting.store))), setting.store.index)
         self.loader = self.open(setting.store, self.recipe)
@@ -80,28 +88,41 @@ class Ladder:
             torch.from_numpy(self.setting.store.index["label"][step.samples].astype(np.int64))
             yield len(step.samples)
 
-    def read(self, threads: int) -> Work:
-        """The encoded images, a thread for each of as many at a time, each image once."""
+    def cold_read(self, threads: int) -> Work:
+        """The encoded images of this rank, each once, in `threads` threads; `forget_files` has to come before."""
+        at_once = min(_READ_AT_ONCE, -(-len(self.mine) // threads))
 
         def work() -> Generator[int, None, None]:
-            order = np.random.default_rng(0).permutation(len(self.setting.store))
-            with ThreadPoolExecutor(threads) as pool:
-                yield from (0, 0)  # nothing to warm up: every image counts
-                for encoded in pool.map(lambda sample: self.setting.store.read_batch(np.array([sample])), order):
-                    yield len(encoded)
+            yield from (0, 0)  # nothing to warm up: every image counts
+            with _readers(threads) as pool:
+                yield from self._read(pool, at_once)
 
         return work
+
+    def warm_read(self) -> Generator[int, None, None]:
+        """All of them over and over again."""
+        with _readers(self.setting.threads) as pool:
+            while True:
+                yield from self._read(pool, _READ_AT_ONCE)
+
+    def _read(self, pool: ThreadPoolExecutor, at_once: int) -> Iterator[int]:
+        parts = [self.mine[i : i + at_once] for i in range(0, len(self.mine), at_once)]
+        return map(len, pool.map(self.setting.store.read_batch, parts))
 
     def forget_files(self) -> None:
         """Asks the system to drop the images from its memory, so that the next read goes to the disk."""
         os.sync()  # what is not yet written cannot be dropped
         for sample in range(len(self.setting.store)):
-            try:
-                file = os.open(self.setting.store.name(sample), os.O_RDONLY)
-            except OSError:
-                continue
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(file)
+            with suppress(OSError), open(self.setting.store.name(sample), "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def from_disk(self) -> float | None:
+        """What fraction of the images then comes from the disk indeed; None where the system does not say."""
+        self.forget_files()
+        before = _bytes_from_disk()
+        size = sum(map(len, self.setting.store.read_batch(self.mine)))
+        after = _bytes_from_disk()
+        return None if before is None or after is None else min(1.0, (after - before) / size)
 
     def decode(self) -> Generator[int, None, None]:
         """Whole images decoded from memory; of each a single pixel is cut out, in the place of the crops."""
@@ -162,23 +183,25 @@ class Ladder:
 
     def step(self) -> Generator[int, None, None]:
         """Training steps on two batches of views that are there already."""
+        views = self.some_views(4)
+        for view_a, view_b in cycle((views[:2], views[2:])):
+            self.train(view_a, view_b)
+            yield len(view_a)
+
+    def some_views(self, count: int) -> list[Tensor]:
         shape = (self.setting.batch_size, 3, self.setting.size, self.setting.size)
-        views = [torch.randn(shape, device=self.device).to(memory_format=torch.channels_last) for _ in range(4)]
-        train = self.trainer()
-        for pair in cycle((views[:2], views[2:])):
-            train(*pair)
-            yield shape[0]
+        return [torch.randn(shape, device=self.device).to(memory_format=torch.channels_last) for _ in range(count)]
 
     def end_to_end(self) -> Generator[int, None, None]:
         """The feed and the step at once: what training does."""
-        train = self.trainer()
         with closing(self.loader.steps(0, _ENDLESS)) as batches:
             for batch in batches:
-                train(*batch.views)
+                self.train(*batch.views)
                 yield len(batch.samples)
 
-    def trainer(self) -> Callable[[Tensor, Tensor], None]:
-        """The step of train.py."""
+    @cached_property
+    def train(self) -> Callable[[Tensor, Tensor], None]:
+        """The step of train.py; compiled once, where it is compiled."""
         s = self.setting
         torch.manual_seed(0)
         backbone = barlow.build_backbone(s.network.backbone, s.network.width, s.network.small_stem)
@@ -199,4 +222,24 @@ class Ladder:
             scaler.step(optimizer)
             scaler.update()
 
+        for _ in range(_FIRST_STEPS):
+            train(*self.some_views(2))
         return train
+
+
+@contextmanager
+def _readers(threads: int) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _bytes_from_disk() -> int | None:
+    """That this process has read so far."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)

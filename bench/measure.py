@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -15,8 +16,13 @@ from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 from .record import Rates
 
 _WARM_UP = 2  # batches: what is made ahead is then being made
+_AHEAD = 2  # batches that may be queued on a GPU: it stays busy, and is not far behind when the time is up
 
 Work = Callable[[], Generator[int, None, None]]  # each item: so many images have been done
+Act = Callable[[], None]
+
+
+def nothing() -> None: ...
 
 
 class Ranks:
@@ -50,40 +56,59 @@ class Ranks:
 
 
 class Clock:
-    """Measures work on a device: `repeats` times, each for about `seconds`, after a warm-up."""
+    """Measures work on a device: `repeats` times, each for about `seconds`, after a warm-up.
 
-    def __init__(self, device: torch.device, ranks: Ranks, seconds: float, repeats: int) -> None:
+    `after_each` is called after each repeat, for a progress bar.
+    """
+
+    def __init__(
+        self, device: torch.device, ranks: Ranks, seconds: float, repeats: int, after_each: Act = nothing
+    ) -> None:
         self.device, self.ranks, self.seconds, self.repeats = device, ranks, seconds, repeats
+        self.after_each = after_each
 
-    def together(self, work: Work, before: Callable[[], None] = lambda: None) -> list[Rates]:
+    def together(self, work: Work, before: Act = nothing) -> list[Rates]:
         """Of every rank, while all of them work at once. `before` is done ahead of each repeat and not timed."""
         mine = self._rates(work, before, self.ranks.meet)
         return [Rates(rates) for rates in self.ranks.share(mine)]
 
-    def alone(self, work: Work, before: Callable[[], None] = lambda: None) -> Rates | None:
+    def alone(self, work: Work, before: Act = nothing) -> Rates | None:
         """Of the first rank while the others wait; None where there are no others."""
         if self.ranks.world == 1:
             return None
-        mine = self._rates(work, before, lambda: None) if self.ranks.rank == 0 else []
+        mine = self._rates(work, before, nothing) if self.ranks.rank == 0 else []
         return Rates(self.ranks.share(mine)[0])
 
-    def _rates(self, work: Work, before: Callable[[], None], start: Callable[[], None]) -> list[float]:
+    def _rates(self, work: Work, before: Act, start: Act) -> list[float]:
         found = []
         for _ in range(self.repeats):
             before()
             with closing(work()) as turns:
+                start()  # ahead of the warm-up: while a rank waits for others, its loader would fill up for nothing
                 for _ in range(_WARM_UP):
                     next(turns)
-                start()
                 self._settle()
                 began, images = time.perf_counter(), 0
-                for count in turns:
+                for count in self._paced(turns):
                     images += count
                     if time.perf_counter() - began > self.seconds:
                         break
                 self._settle()
                 found.append(images / (time.perf_counter() - began))
+            self.after_each()
         return found
+
+    def _paced(self, turns: Iterator[int]) -> Iterator[int]:
+        """The turns, of which a GPU is at most `_AHEAD` behind."""
+        queued: deque[torch.cuda.Event] = deque()
+        for count in turns:
+            if self.device.type == "cuda":
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(self.device))
+                queued.append(event)
+                if len(queued) > _AHEAD:
+                    queued.popleft().synchronize()
+            yield count
 
     def _settle(self) -> None:
         if self.device.type == "cuda":

@@ -8,19 +8,20 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import runlog
-from pipeline import usable_cores
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA = 1
+_ROOT = Path(__file__).parent.parent
+_MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
 _DISTRIBUTIONS = ("torch", "torchvision", "nvidia-dali-cuda130", "simplejpeg", "numba", "numpy", "pillow")
 
 
@@ -47,11 +48,21 @@ class Rung:
     name: str
     what: str
     rates: Rates  # of the first rank, while all ranks work
-    on: str  # "cores" or "gpu": what it keeps busy
-    ceiling: float | None = None  # images/s that it cannot exceed, measured in the same run
+    on: str  # what it keeps busy: "cores", "one core", "GPU", "disk" or "bus"
+    ceiling: float | None = None  # images/s that it could come to at most, measured in the same run
     ceiling_is: str = ""
     ranks: list[Rates] = field(default_factory=list)  # under torchrun: of each rank while all work
     alone: Rates | None = None  # and of the first rank while the others wait
+
+    @property
+    def total(self) -> float:
+        """Images/s of all ranks together."""
+        return sum(rates.median for rates in self.ranks or [self.rates])
+
+    @property
+    def contention(self) -> float:
+        """What a rank loses to the others, as a fraction of what the first does alone: below 0 where that is noise."""
+        return 1 - self.total / len(self.ranks) / self.alone.median if self.alone else 0.0
 
 
 @dataclass(frozen=True)
@@ -108,23 +119,26 @@ class Record:
 def read(path: Path) -> Record:
     """The record in a file; ValueError where it is none, or of another schema."""
     try:
-        values = json.loads(path.read_text())
-        if values["schema"] != SCHEMA:
-            raise ValueError(f"{path} has schema {values['schema']}, this program reads {SCHEMA}: measure again")
-        rungs = [
-            Rung(**rung)
-            for rung in (
-                rung
-                | {"rates": Rates(**rung["rates"]), "ranks": [Rates(**rank) for rank in rung["ranks"]]}
-                | {"alone": Rates(**rung["alone"]) if rung["alone"] else None}
-                for rung in values["rungs"]
-            )
-        ]
-        contenders = [Contender(**(c | {"rates": Rates(**c["rates"])})) for c in values["contenders"]]
-        parts = {"machine": Machine(**values["machine"]), "data": Data(**values["data"])}
-        return Record(**(values | parts | {"rungs": rungs, "contenders": contenders}))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no record of the bench ({error})") from None
+        values = json.loads(path.read_bytes())
+        schema = values["schema"]
+        if schema == SCHEMA:
+            return _record(values)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no record of the bench ({error!r})") from None
+    raise ValueError(f"{path} has schema {schema}, this program reads {SCHEMA}: measure again")
+
+
+def _record(values: dict[str, Any]) -> Record:
+    def rung(of: dict[str, Any]) -> Rung:
+        alone = of["alone"] and Rates(**of["alone"])
+        return Rung(**{**of, "rates": Rates(**of["rates"]), "ranks": [Rates(**r) for r in of["ranks"]], "alone": alone})
+
+    def contender(of: dict[str, Any]) -> Contender:
+        return Contender(**{**of, "rates": Rates(**of["rates"])})
+
+    parts: dict[str, Any] = {"machine": Machine(**values["machine"]), "data": Data(**values["data"])}
+    parts |= {"rungs": list(map(rung, values["rungs"])), "contenders": list(map(contender, values["contenders"]))}
+    return Record(**{**values, **parts})
 
 
 def versions(distributions: Sequence[str] = _DISTRIBUTIONS) -> dict[str, str]:
@@ -140,12 +154,14 @@ def versions(distributions: Sequence[str] = _DISTRIBUTIONS) -> dict[str, str]:
 
 def machine(device: torch.device) -> Machine:
     """What the figures were measured on."""
+    import pipeline
+
     limit, driver = gpu_settings(device) if device.type == "cuda" else (None, None)
     return Machine(
         cpu=_cpu_name(),
-        cores=usable_cores(),
+        cores=pipeline.usable_cores(),
         memory_gib=round(memory_gib(), 1),
-        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        gpu=pipeline.describe_device(device) if device.type == "cuda" else None,
         gpu_power_limit_w=limit,
         gpu_driver=driver,
         system=f"{platform.system()} {platform.machine()}",
@@ -153,31 +169,48 @@ def machine(device: torch.device) -> Machine:
 
 
 def memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    """Of the machine, or what its control group grants."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        granted = int(_MEMORY_MAX.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        granted = physical
+    return min(physical, granted) / 2**30
 
 
 def gpu_settings(device: torch.device) -> tuple[float | None, str | None]:
-    """Power limit in watts and driver release, as nvidia-smi says."""
-    query = ["nvidia-smi", "--query-gpu=power.limit,driver_version", "--format=csv,noheader,nounits"]
-    said = _output([*query, f"--id={device.index or 0}"]).split(", ")
+    """Power limit in watts and driver release, as nvidia-smi says; None for what it does not say."""
+    import torch
+
+    # By its UUID: nvidia-smi counts all GPUs of the machine, torch those in CUDA_VISIBLE_DEVICES.
+    name = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    said = _output(["nvidia-smi", "--query-gpu=power.limit,driver_version", "--format=csv,noheader,nounits", name])
+    limit, _, driver = said.strip().partition(", ")
     try:
-        return float(said[0]), said[1].strip()
-    except (ValueError, IndexError):
-        return None, None
+        return float(limit), driver or None
+    except ValueError:  # some have no power limit
+        return None, driver or None
 
 
 def commit() -> str:
-    """The commit of the working tree, with a plus where files of it have been changed since."""
-    here = Path(__file__).parent
-    name = _output(["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]).strip()
-    changed = _output(["git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"]).strip()
+    """The commit of this checkout, with a plus where files of it have been changed since."""
+    git = ["git", "-C", str(_ROOT)]
+    if _output([*git, "rev-parse", "--show-prefix"]) != "\n":  # no checkout, or a folder in somebody else's
+        return "unknown"
+    name = _output([*git, "rev-parse", "--short=12", "HEAD"]).strip()
+    changed = _output([*git, "status", "--porcelain", "--untracked-files=no"]).strip()
     return name + ("+" if changed else "") if name else "unknown"
 
 
-def command() -> str:
+def command(arguments: Sequence[str], world: int = 1) -> str:
     """What was typed, without the folders in it."""
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    return " ".join(["python -m bench", *words])
+    program = "python -m bench" if world == 1 else f"torchrun --nproc-per-node {world} -m bench"
+    return " ".join([program, *map(_without_folders, arguments)])
+
+
+def _without_folders(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return option + equals + (Path(value).resolve().name if "/" in value or value in (".", "..") else value)
 
 
 def _cpu_name() -> str:

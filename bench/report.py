@@ -10,7 +10,7 @@ import tyro
 
 from . import record, show
 from .record import Record
-from .verdict import E2E
+from .verdict import E2E, STEP
 
 _ROOT = Path(__file__).parent.parent
 
@@ -50,7 +50,7 @@ def markdown(result: Record) -> str:
         f"{s['batch_size']}, {s['network']} ({versions}).",
         "",
         *_table(
-            ("rung", "images/s", "±", "per core" if not m.gpu else "per core or GPU", "of its ceiling"),
+            ("rung", "images/s", "±", "per core" if not m.gpu else "per core or GPU", "reaches"),
             [show.row(rung, result) for rung in result.rungs],
         ),
         "",
@@ -81,9 +81,12 @@ def draw(records: Sequence[Record], path: Path) -> None:
     for panels, result in zip(figure.subplots(len(records), 2, squeeze=False), records, strict=True):
         left, right = panels
         rungs = result.rungs[::-1]
-        colours = ["#d1495b" if rung.name == E2E else "#8d96a3" if rung.name == "step" else "#2e86ab" for rung in rungs]
-        left.barh([rung.name for rung in rungs], [rung.rates.median for rung in rungs], color=colours)
+        colours = ["#d1495b" if rung.name == E2E else "#8d96a3" if rung.name == STEP else "#2e86ab" for rung in rungs]
+        medians = [rung.rates.median for rung in rungs]
+        bars = left.barh([rung.name for rung in rungs], medians, color=colours)
+        left.bar_label(bars, [f" {show.number(median)}" for median in medians])
         left.set_xscale("log")
+        left.set_xlim(min(medians) / 3, max(medians) * 6)
         left.set_xlabel("two-view images/s")
         left.set_title(f"{result.machine.gpu or result.machine.cpu}, {result.settings['threads']} threads")
         contenders = result.contenders[::-1]

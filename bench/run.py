@@ -3,127 +3,123 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 import pipeline
+from pipeline import Store
+from pipeline.images import BadImage, decode
 from presets import PRESETS, Pretrain
-from runlog import Bar, RunLog
+from runlog import RunLog
 
 from . import ceilings, contest, record, show
 from .ladder import Ladder, Setting
-from .measure import Clock, Ranks, Work
+from .measure import Act, Clock, Ranks, Work, nothing
+from .options import Bench
 from .photos import draw_photos
 from .record import Rung
-from .verdict import DECODE, E2E, Feed, bounds, verdict
+from .verdict import (
+    COLD,
+    COPY,
+    DECODE,
+    DISTORT,
+    E2E,
+    FEED,
+    ONE_CORE,
+    PLAN,
+    SMALL,
+    STEP,
+    TWO_CROPS,
+    WARM,
+    Feed,
+    bounds,
+    verdict,
+    without_step,
+)
 
-_SAMPLE = 32  # encoded images that the small measurements use
+_SAMPLE = 32  # encoded images that the ceilings of decoding are measured with
 _MANY_READERS = 32
-_RUNGS = 10
-
-Before = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where does the throughput go? Measures every rung from disk to update, and the peers beside it."""
-
-    data: Path | None = None
-    """Folder of images [default: drawn photographs of 500 x 375 pixels and 97 kB, as ImageNet's are]."""
-    images: int = 1024
-    """At most so many of them take part."""
-    size: int = 224
-    """Side of a view, pixels."""
-    batch_size: int | None = None
-    """Images a step [default: 64 on a CPU, 512 on a GPU]."""
-    preset: str | None = None
-    """Whose network is trained [default: demo on a CPU, imagenet-1000e on a GPU]."""
-    decoder: Literal["auto", *pipeline.DECODERS] = "auto"  # type: ignore[valid-type]
-    threads: int | None = None
-    """That decode [default: one a core, shared among the ranks of this machine]."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    quick: bool = False
-    """Fewer and shorter measurements: within a minute on two cores."""
-    peers: bool = True
-    """Measure other pipelines as well, on one core."""
-    json: Path | None = None
-    """File for the record of this run."""
+_QUICK, _FULL = (0.4, 3), (2.0, 5)  # seconds of a repeat, and repeats of a rung
+_RUNGS = {
+    PLAN: "order, draw, labels: what a batch is made of",
+    COLD: "encoded images from the disk, a thread for each core",
+    WARM: "the same from the system's memory",
+    DECODE: "whole images, from memory",
+    TWO_CROPS: "the same, cut and resized twice",
+    DISTORT: "crops to finished views",
+    COPY: "crops to the device",
+    ONE_CORE: "all of that at once from warm files, on one core",
+    FEED: "the same on all cores",
+    STEP: "training on resident views",
+    E2E: "the feed and the step at once: training",
+}
 
 
-def main(arguments: list[str]) -> int:
-    config = tyro.cli(Bench, args=arguments, prog="python -m bench")
+def main(config: Bench, log: RunLog) -> int:
     ranks = Ranks.started(dict(os.environ))
-    with RunLog() as log:
-        result = measure(config, ranks, log)
-        if ranks.rank == 0:
-            show.record(result, log)
-            if config.json:
-                result.write(config.json)
-                log.say(f"written to {config.json}")
+    result = measure(config, ranks, log)
+    show.record(result, log)
+    if config.json and ranks.rank == 0:
+        result.write(config.json)
+        log.say(f"written to {config.json}")
     return 0
 
 
 def measure(config: Bench, ranks: Ranks, log: RunLog) -> record.Record:
-    name = config.device
-    if ranks.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = pipeline.find_device(name)
+    """Everything that was asked for, measured on all ranks together."""
+    device = find_device(config.device, ranks)
     gpu = device.type == "cuda"
-    preset_name = config.preset or ("imagenet-1000e" if gpu else "demo")
-    if preset_name not in PRESETS:
-        raise ValueError(f"unknown preset {preset_name!r}: choose one of {', '.join(PRESETS)}")
-    preset: Pretrain = PRESETS[preset_name]()
+    preset: Pretrain = PRESETS[config.preset or ("imagenet-1000e" if gpu else "demo")]()
     threads = config.threads or max(1, pipeline.usable_cores() // ranks.local_world)
     torch.set_num_threads(threads)
 
-    folder = config.data
-    if folder is None:
-        with log.bar("drawing photographs, once") as bar:
-            count = 128 if config.quick else min(config.images, 512)
-            if ranks.rank == 0:
-                folder = draw_photos(pipeline.cache_folder() / f"photos-{count}", count, progress=bar)
-            ranks.meet()
-            folder = pipeline.cache_folder() / f"photos-{count}"
-    with log.bar(f"indexing {folder}") as bar:
-        whole = pipeline.open_store(folder, bar)
+    whole = open_images(config, ranks, log)
     store = pipeline.at_most(config.images, whole)
-    wanted = config.batch_size or (512 if gpu else 32 if config.quick else 64)
-    batch_size = min(wanted, len(store))
+    if len(store) < max(2, ranks.world):
+        raise ValueError(f"{len(store)} images are too few to measure with: it takes {max(2, ranks.world)}")
+    batch_size = min(config.batch_size or (512 if gpu else 32 if config.quick else 64), len(store))
     setting = Setting(store, config.size, batch_size, config.decoder, threads, device, preset.model, preset.optim)
-    ladder = Ladder(setting)
-    clock = Clock(device, ranks, *((0.4, 3) if config.quick else (2.0, 5)))
-    with log.bar("the ladder") as bar:
-        rungs = climb(ladder, clock, bar)
-    encoded = ladder.memory.read_batch(np.arange(len(store)))
-    mean_bytes = sum(map(len, encoded)) / len(encoded)
-    feed = Feed(
-        rates={rung.name: rung.rates.median for rung in rungs},
-        on_gpu=gpu,
-        decodes_on_gpu=gpu and ladder.loader.decoder.name == "dali",
-        cores=threads,
-        long_side=float(np.maximum(store.index["width"], store.index["height"]).mean()),
-        smaller_decode=_smaller_decode(encoded[:_SAMPLE]),
-        cold=mean_bytes * len(whole) > 0.7 * 2**30 * record.memory_gib(),
-    )
+    with log.bar(f"reading {len(store):,} images"):
+        ladder = Ladder(setting, ranks.rank, ranks.world)
+        encoded = ladder.memory.read_batch(np.arange(len(store)))
+        mean_bytes = sum(map(len, encoded)) / len(encoded)
+        sample = decodable(encoded[:_SAMPLE], store)
+        if not sample:
+            raise ValueError(f"none of the first {_SAMPLE} images decodes, the first: {store.name(0)}")
+        feed = Feed(
+            rates={},
+            on_gpu=gpu,
+            decodes_on_gpu=gpu and ladder.loader.decoder.name == "dali",
+            cores=threads,
+            long_side=float(np.maximum(store.index["width"], store.index["height"]).mean()),
+            smaller_decode=smaller_decode(sample),
+            cold=mean_bytes * len(whole) > 0.7 * 2**30 * record.memory_gib(),
+        )
+    rungs, feed = climb(ladder, feed, sample, ranks, config.quick, log)
+    bad = {store.name(i): reason for i, reason in ladder.loader.bad.items()}
+    log.say_rejects("replaced, since it does not decode:", bad)
+
     contenders = []
     if config.peers and ranks.world == 1:
         with log.bar("the peers, in turns on one core") as bar:
-            contenders = contest.contest(ladder.memory, config.size, config.quick, bar)
+            contenders = contest.contest(decodable(encoded[: contest.IMAGES], store), config.size, config.quick, bar)
+    finding = verdict(feed)
+    if ranks.world > 1:
+        finding[0] = f"Of each of {ranks.world} ranks, all at work: {finding[0]}"
     index = store.index
     return record.Record(
-        command=record.command(),
+        command=record.command(sys.argv[1:], ranks.world),
         commit=record.commit(),
         versions=record.versions(),
         machine=record.machine(device),
         data=record.Data(
-            name="drawn photographs" if config.data is None else Path(config.data).name,
+            name="drawn photographs" if config.data is None else f"images of {config.data.resolve().name}",
             images=len(store),
             mean_bytes=mean_bytes,
             mean_width=float(index["width"].mean()),
@@ -137,72 +133,105 @@ def measure(config: Bench, ranks: Ranks, log: RunLog) -> record.Record:
             "ranks": ranks.world,
             "network": f"{preset.model.backbone} of width {preset.model.width}, projector {preset.model.projector}",
             "quick": config.quick,
+            "cold_read_from_disk": ladder.from_disk(),
         },
         rungs=rungs,
         contenders=contenders,
         bounds=bounds(feed),
-        verdict=verdict(feed),
+        verdict=finding,
     )
 
 
-def climb(ladder: Ladder, clock: Clock, bar: Bar) -> list[Rung]:
-    """All rungs, from the disk upwards."""
-    setting, device = ladder.setting, ladder.device
-    gpu, threads = device.type == "cuda", setting.threads
-    encoded = ladder.memory.read_batch(np.arange(min(_SAMPLE, len(ladder.memory))))
-    mean_bytes = sum(map(len, encoded)) / len(encoded)
-    pixels = 2 * 3 * setting.size**2
-    decodes_on = "GPU" if gpu and ladder.loader.decoder.name == "dali" else "cores"
+def find_device(name: str, ranks: Ranks) -> torch.device:
+    """The device of this rank: under torchrun each has a GPU of its own."""
+    if ranks.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return pipeline.find_device(name)
+
+
+def open_images(config: Bench, ranks: Ranks, log: RunLog) -> Store:
+    """The user's images, or drawn ones."""
+    folder = config.data
+    if folder is None:
+        count = 128 if config.quick else min(config.images, 512)
+        folder = pipeline.cache_folder() / f"photos-{count}"
+        with log.bar("drawing photographs, once") as bar:
+            if ranks.rank == 0:
+                draw_photos(folder, count, progress=bar)
+            ranks.meet()
+    with log.bar(f"indexing {folder}") as bar:
+        store = pipeline.open_store(folder, bar)
+    log.say_rejects("left out", store.rejects)
+    return store
+
+
+def climb(
+    ladder: Ladder, feed: Feed, sample: Sequence[bytes], ranks: Ranks, quick: bool, log: RunLog
+) -> tuple[list[Rung], Feed]:
+    """All rungs from the disk upwards, and `feed` with their rates."""
+    setting, device, threads = ladder.setting, ladder.device, ladder.setting.threads
+    crop_bytes = 2 * 3 * setting.size**2  # of both views, as they leave the decoder; finished ones take 4 times as many
     rungs: list[Rung] = []
-    rate: dict[str, float] = {}
+    rates: dict[str, float] = {}
+    feed = feed._replace(rates=rates)
+    seconds, repeats = _QUICK if quick else _FULL
+    clock = Clock(device, ranks, seconds, repeats)
 
-    def rung(
-        name: str, what: str, work: Work, on: str, ceiling: tuple[float | None, str], before: Before = _nothing
-    ) -> None:
-        bar(len(rungs), _RUNGS + gpu, name)
+    def rung(name: str, work: Work, on: str, ceiling: float | None, ceiling_is: str, before: Act = nothing) -> None:
+        first, turns = list(_RUNGS).index(name), repeats * (2 if ranks.world > 1 else 1)
+        done = count(first * turns + 1)
+        bar(first * turns, len(_RUNGS) * turns, name)
+        clock.after_each = lambda: bar(next(done), len(_RUNGS) * turns, name)
         alone = clock.alone(work, before)
-        ranks = clock.together(work, before)
-        rate[name] = ranks[0].median
-        rungs.append(Rung(name, what, ranks[0], on, *ceiling, ranks=ranks if len(ranks) > 1 else [], alone=alone))
+        together = clock.together(work, before)
+        clock.after_each = nothing
+        rates[name] = together[0].median
+        every = together if ranks.world > 1 else []
+        rungs.append(Rung(name, _RUNGS[name], together[0], on, ceiling, ceiling_is if ceiling else "", every, alone))
 
-    def together(*names: str) -> float:
-        return 1 / sum(1 / rate[name] for name in names)
+    def parts(feed: Feed) -> float:
+        return min(bounds(feed._replace(cold=False)).values())  # the files are warm
 
-    rung("plan", "order, draw, labels: what a batch is made of", ladder.plan, "one core", (None, ""))
-    many = clock.together(ladder.read(_MANY_READERS), ladder.forget_files)[0].median
-    rung(
-        *("read, cold", f"encoded images from the disk, {threads} at a time", ladder.read(threads), "disk"),
-        (many, f"{_MANY_READERS} at a time"),
-        ladder.forget_files,
-    )
-    copied = ceilings.reading(mean_bytes)
-    rung("read, warm", "the same from the system's memory", ladder.read(threads), "cores", (copied, "a copy in memory"))
-    bare = ceilings.decoding(encoded, threads)
-    rung("decode", "whole images, from memory", ladder.decode, decodes_on, (bare, "libjpeg-turbo's call alone"))
-    rung(DECODE, "the same, cut and resized twice", ladder.crops, decodes_on, (rate["decode"], "decode"))
-    written = ceilings.writing(4 * pixels, device, threads)
-    on = "GPU" if gpu else "cores"
-    rung("distort", "crops to finished views", ladder.distort, on, (written, "writing the views"))
-    if gpu:
-        moved = ceilings.copying(pixels, device)
-        rung("copy to the GPU", "crops to the device", ladder.copy, "bus", (moved, "one large copy"))
-    parts = ("plan", "read, warm", DECODE, "distort")
-    summed = together(*parts) if not gpu else min(together(*parts[:3]), rate["distort"])
-    rung("feed", "all of that at once, from warm files", ladder.feed, on, (summed, "its parts"))
-    if threads > 1 and not gpu and clock.ranks.world == 1:
-        linear = (rate["feed"] / threads, f"{threads} cores shared out")
-        rung("feed, one core", "the same on one core", ladder.feed_on_one_core, "one core", linear)
-    flop = ceilings.arithmetic(setting.network, setting.size, device)
-    rung("step", "training on resident views", ladder.step, on, (flop, "its multiplications alone"))
-    both = together("feed", "step") if not gpu else min(rate["feed"], rate["step"])
-    rung(E2E, "the feed and the step at once: training", ladder.end_to_end, on, (both, "its parts"))
-    return rungs
+    with log.bar("the ladder") as bar:
+        chip, decoder = ("GPU" if there else "cores" for there in (feed.on_gpu, feed.decodes_on_gpu))
+        rung(PLAN, ladder.plan, "one core", None, "")
+        many = clock.together(ladder.cold_read(_MANY_READERS), ladder.forget_files)[0]
+        fastest = max(many.images_per_s)
+        rung(COLD, ladder.cold_read(threads), "disk", fastest, f"{_MANY_READERS} readers", ladder.forget_files)
+        copied = ceilings.reading(sum(map(len, sample)) / len(sample), threads)
+        rung(WARM, ladder.warm_read, "cores", copied, "copying in memory")
+        bare = None if feed.decodes_on_gpu else ceilings.decoding(sample, threads)
+        rung(DECODE, ladder.decode, decoder, bare, "bare libjpeg-turbo")
+        rung(TWO_CROPS, ladder.crops, decoder, rates[DECODE], "decode")
+        written = ceilings.writing(4 * crop_bytes, device, threads)
+        rung(DISTORT, ladder.distort, chip, written, "writing the views")
+        if feed.on_gpu:
+            moved = ceilings.copying(crop_bytes, device)
+            rung(COPY, ladder.copy, "bus", moved, "one large copy")
+        ceiling, ceiling_is = parts(without_step(feed)), "its parts in turn"
+        if threads > 1 and not feed.on_gpu and ranks.world == 1:
+            rung(ONE_CORE, ladder.feed_on_one_core, "one core", bare and bare / threads, "bare libjpeg-turbo")
+            ceiling, ceiling_is = threads * rates[ONE_CORE], f"{threads} x one core"
+        rung(FEED, ladder.feed, chip, ceiling, ceiling_is)
+        multiplied = ceilings.arithmetic(setting.network, setting.size, device)
+        rung(STEP, ladder.step, chip, multiplied, "multiplying alone")
+        rung(E2E, ladder.end_to_end, chip, parts(feed), "its parts in turn")
+    return rungs, feed
 
 
-def _smaller_decode(encoded: list[bytes]) -> float | None:
-    """How many times as fast images decode at no more than 400 px a side; None where that cannot be said."""
-    whole, small = ceilings.decoding(encoded, 1), ceilings.decoding(ceilings.smaller(encoded, 400), 1)
+def decodable(encoded: Sequence[bytes], store: Store) -> list[bytes]:
+    """Those of the first images that decode; damaged ones are for the pipeline to find."""
+
+    def sound(data: bytes, row: Any) -> bool:
+        with suppress(BadImage):
+            decode(data, int(row["height"]), int(row["width"]))
+            return True
+        return False
+
+    return [data for data, row in zip(encoded, store.index, strict=False) if sound(data, row)]
+
+
+def smaller_decode(encoded: Sequence[bytes]) -> float | None:
+    """How many times as fast images decode at no more than SMALL pixels a side; None where that cannot be said."""
+    whole, small = ceilings.decoding(encoded, 1), ceilings.decoding(ceilings.smaller(encoded, SMALL), 1)
     return None if whole is None or small is None else small / whole
-
-
-def _nothing() -> None: ...

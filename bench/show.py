@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
 from rich.text import Text
 
 from runlog import RunLog
 
-from .record import Record, Rung
+from .record import Contender, Record, Rung
 
 
 def record(result: Record, log: RunLog) -> None:
@@ -19,50 +21,60 @@ def record(result: Record, log: RunLog) -> None:
         f"{d.images:,} {d.name}: {d.mean_width:.0f} x {d.mean_height:.0f} px, {d.mean_bytes / 1000:.0f} kB; "
         f"two views of {s['size']} px; {s['network']}\n"
     )
-    log.console.print(_ladder(result))
-    if any(rung.ranks for rung in result.rungs):
+    each = "per core or GPU" if m.gpu else "per core"
+    log.console.print(_table(("rung", "images/s", "+-", each, "reaches"), [row(rung, result) for rung in result.rungs]))
+    if (read := s["cold_read_from_disk"]) is not None and read < 0.9:
+        log.say(f"Only {read:.0%} of the cold read came from the disk: the system keeps the files in its memory.")
+    if s["ranks"] > 1:
+        log.say("")
         log.console.print(_ranks(result.rungs))
     if result.contenders:
-        log.console.print(_contest(result))
+        log.say("")
+        contest = [
+            (c.name, number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}") for c in result.contenders
+        ]
+        log.console.print(_table(("two views on one core", "images/s", "+-", "ratio"), contest))
+        log.say("\nWhat differs from the paper:")
+        for c in result.contenders:
+            if c.differs:
+                log.say(f"  {c.name}: {c.differs}")
     log.say("")
     for sentence in result.verdict:
         log.say(sentence)
 
 
-def _ladder(result: Record) -> Table:
-    table = Table(*("rung", "images/s", "+-", "each", "of its ceiling"), box=None, pad_edge=False)
-    for rung in result.rungs:
-        table.add_row(*map(Text, row(rung, result)))
-    return table
-
-
 def row(rung: Rung, result: Record) -> tuple[str, str, str, str, str]:
     """Name, rate, spread, rate per core or GPU, and the fraction of the ceiling."""
-    cores = {"cores": result.settings["threads"], "one core": 1}.get(rung.on)
-    each = "" if rung.on == "disk" else number(rung.rates.median / cores if cores else rung.rates.median)
+    cores = {"cores": result.settings["threads"], "one core": 1}.get(rung.on, 1)
+    each = "" if rung.on in ("disk", "bus") else number(rung.rates.median / cores)
     reached = f"{rung.rates.median / rung.ceiling:.0%} of {rung.ceiling_is}" if rung.ceiling else ""
     return rung.name, number(rung.rates.median), f"{rung.rates.spread:.0%}", each, reached
 
 
-def _ranks(rungs: list[Rung]) -> Table:
+def _ranks(rungs: Sequence[Rung]) -> Table:
     count = len(rungs[0].ranks)
-    table = Table(
-        "rung", f"{count} ranks in sum", "per rank", "one alone", "contention costs", box=None, pad_edge=False
-    )
-    for rung in rungs:
-        total = sum(rates.median for rates in rung.ranks)
-        assert rung.alone is not None
-        cost = 1 - total / count / rung.alone.median
-        table.add_row(rung.name, number(total), number(total / count), number(rung.alone.median), f"{max(0, cost):.0%}")
-    return table
+    headers = ("rung", f"{count} ranks in sum", "per rank", "one alone", "contention costs")
+    return _table(headers, [_row_of_ranks(rung, count) for rung in rungs])
 
 
-def _contest(result: Record) -> Table:
-    columns = ("on one core", "images/s", "+-", "ratio", "differs from the paper in")
-    table = Table(*columns, box=None, pad_edge=False)
-    for c in result.contenders:
-        rates = number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}"
-        table.add_row(Text(c.name), *rates, Text(c.differs))
+def _row_of_ranks(rung: Rung, count: int) -> tuple[str, ...]:
+    assert rung.alone is not None
+    rates = (rung.total, rung.total / count, rung.alone.median)
+    return rung.name, *map(number, rates), f"{max(0.0, rung.contention):.0%}"
+
+
+def _row_of_contest(c: Contender) -> tuple[str, ...]:
+    return c.name, number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}"
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Figures to the right. A line is never broken: on a narrow terminal it is cut."""
+    table = Table(box=None, pad_edge=False)
+    for i, header in enumerate(headers):
+        figure = i > 0 and header != "reaches"
+        table.add_column(header, justify="right" if figure else "left", no_wrap=True)
+    for cells in rows:
+        table.add_row(*map(Text, cells))
     return table
 
 
