@@ -82,15 +82,10 @@ def _entrants(encoded: list[bytes], size: int) -> list[Entrant]:
     for decoder, (suffix, differs, store) in product(DECODERS, stores):
         packages = ("nvidia-dali-cuda130",) if decoder == "dali" else ("simplejpeg", "torch", "numba")
         with suppress(ValueError):  # not installed
-<<<<<<< HEAD
-            loader = open_loader(store, barlow_twins(size), batch_size=min(32, len(store)), decoder=decoder, threads=1)
-            found.append(Entrant(f"twinfeed, {decoder}{what}", packages, "", partial(_run, loader)))
-=======
             loader = open_loader(  # in order: every image takes part, however many make the last batch
-                store, barlow_twins(size), batch_size=16, decoder=decoder, threads=1, shuffle=False
+                store, barlow_twins(size), batch_size=32, decoder=decoder, threads=1, shuffle=False
             )
             found.append(Entrant(f"twinfeed, {decoder}{suffix}", packages, differs, partial(_run, loader)))
->>>>>>> benchtests
     return found
 
 
