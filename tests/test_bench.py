@@ -659,6 +659,7 @@ def check_two_ranks(done: subprocess.CompletedProcess[str], path: Path) -> Recor
         assert rung.alone is not None
         assert rung.contention == pytest.approx(1 - rung.total / 2 / rung.alone.median)
         assert rung.contention < 1
+    assert any(rung.ranks[0] != rung.ranks[1] for rung in found.rungs)
     assert found.settings["ranks"] == 2
     assert found.command.startswith("torchrun --nproc-per-node 2 -m bench")
     assert done.stdout.count("2 ranks in sum") == 1
@@ -742,6 +743,15 @@ def test_80_columns_break_no_line_of_the_tables(ranks: int) -> None:
     assert "Only 10% of the cold read came from the disk" in file.getvalue()
     assert max(map(len, lines)) <= 80
     assert sum("its parts in turn" in line for line in lines) == len(result.rungs)
+
+
+def test_a_narrow_terminal_cuts_lines_of_the_tables_and_breaks_none() -> None:
+    log, file = RunLog(), io.StringIO()
+    log.console = Console(file=file, width=45, highlight=False)  # type: ignore[assignment]
+    result = dataclasses.replace(a_record(), contenders=[], verdict=[])
+    show.record(result, log)
+    table = file.getvalue().split("\n\n")[1].splitlines()
+    assert len(table) == 1 + len(result.rungs) + 2  # and the sentence about the cold read, in two lines
 
 
 def test_figures_have_three_digits() -> None:
