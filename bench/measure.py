@@ -47,9 +47,7 @@ class Ranks:
         self._meetings += 1
         prefix = f"bench/{self._meetings}"
         self._store.set(f"{prefix}/{self.rank}", json.dumps(value))
-        keys = [f"{prefix}/{rank}" for rank in range(self.world)]
-        self._store.wait(keys)
-        return [json.loads(self._store.get(key)) for key in keys]
+        return [json.loads(self._store.get(f"{prefix}/{rank}")) for rank in range(self.world)]  # waits for each
 
     def meet(self) -> None:
         self.share([])

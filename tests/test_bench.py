@@ -556,14 +556,27 @@ def test_a_cold_read_takes_every_image_once_shared_among_the_ranks(forty: Path) 
     assert [sum(part.cold_read(2)()) for part in parts] == [14, 13, 13]
 
 
-def test_a_cold_read_comes_from_the_disk_where_the_disk_can_be_told_apart(tmp_path: Path) -> None:
-    """The fraction is what /proc/self/io says; on a file system in memory it is 0."""
-    ladder = ladder_of(write_photos(tmp_path / "some", 40))
-    read = ladder.from_disk()
-    if not read:
-        pytest.skip("the temporary folder is not on a disk")
-    assert read > 0.9
-    ladder.forget_files = lambda: None  # type: ignore[method-assign]
+def on_a_disk(path: Path) -> bool:
+    """Whether this file can be dropped from memory, and is then read from a disk, as far as the system says."""
+
+    def read() -> int:
+        said = Path("/proc/self/io").read_text() if os.access("/proc/self/io", os.R_OK) else "read_bytes: 0"
+        return int(re.findall(r"^read_bytes: (\d+)", said, re.MULTILINE)[0])
+
+    os.sync()
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = read()
+        file.read()
+    return read() > before
+
+
+def test_a_cold_read_comes_from_the_disk(forty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not on_a_disk(forty / "class0" / "0000.jpg"):
+        pytest.skip("the temporary folder is not on a disk whose reads are counted")
+    ladder = ladder_of(forty)
+    assert (ladder.from_disk() or 0) > 0.9
+    monkeypatch.setattr(ladder, "forget_files", lambda: None)
     assert ladder.from_disk() == 0
 
 
@@ -646,6 +659,7 @@ def check_two_ranks(done: subprocess.CompletedProcess[str], path: Path) -> Recor
         assert rung.alone is not None
         assert rung.contention == pytest.approx(1 - rung.total / 2 / rung.alone.median)
         assert rung.contention < 1
+    assert any(rung.ranks[0] != rung.ranks[1] for rung in found.rungs)
     assert found.settings["ranks"] == 2
     assert found.command.startswith("torchrun --nproc-per-node 2 -m bench")
     assert done.stdout.count("2 ranks in sum") == 1
@@ -729,6 +743,15 @@ def test_80_columns_break_no_line_of_the_tables(ranks: int) -> None:
     assert "Only 10% of the cold read came from the disk" in file.getvalue()
     assert max(map(len, lines)) <= 80
     assert sum("its parts in turn" in line for line in lines) == len(result.rungs)
+
+
+def test_a_narrow_terminal_cuts_lines_of_the_tables_and_breaks_none() -> None:
+    log, file = RunLog(), io.StringIO()
+    log.console = Console(file=file, width=45, highlight=False)  # type: ignore[assignment]
+    result = dataclasses.replace(a_record(), contenders=[], verdict=[])
+    show.record(result, log)
+    table = file.getvalue().split("\n\n")[1].splitlines()
+    assert len(table) == 1 + len(result.rungs) + 2  # and the sentence about the cold read, in two lines
 
 
 def test_figures_have_three_digits() -> None:
