@@ -7,11 +7,12 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -161,16 +162,27 @@ class Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # of lines that a full disk has refused already
+            self._file.close()
 
     def write(self, **values: float) -> None:
         self._file.write(json.dumps(values) + "\n")
 
 
 def check_finite(loss: float, step: int) -> None:
-    """ValueError where training has diverged; called before each save, so that a checkpoint is always a good one."""
+    """FloatingPointError where training has diverged; called before each save: a checkpoint is always a good one."""
     if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} at step {step}: try a lower --lr")
+        raise FloatingPointError(f"the loss is {loss} at step {step}: try a lower --lr")
+
+
+def explain(error: Exception) -> str:
+    """What ended the program, what helps, and where to go on from (see `LastStep`), in one line."""
+    said = str(error).strip().partition("\n")[0]
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+        said = f"out of memory: {said or 'on the host'}; free some, or begin again with a smaller --batch-size"
+    elif not isinstance(error, (ValueError, OSError, FloatingPointError)):  # what nobody but us can have done wrong
+        said = f"{type(error).__name__}: {said} (TWINFEED_TRACEBACK=1 shows where)"
+    return "; ".join([said, *getattr(error, "__notes__", ())[-1:]])
 
 
 def printable(name: str) -> str:

@@ -120,7 +120,8 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
         log.say(f"the run that was in {run} is now in {moved}")
     cleanup.enter_context(runlog.claim(run))
 
-    def save(step: int) -> None:
+    def write(step: int) -> None:
+        runlog.check_finite(float(parts.loss.detach()), step - 1)
         state = {"step": step, "settings": settings, "loss_first": loss_first, "values": values, "fed": feed.state()}
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         barlow.save_checkpoint(checkpoint, state)
@@ -131,8 +132,9 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
         picture.save(run / "views.png")
     metrics = cleanup.enter_context(runlog.Metrics(run / "metrics.jsonl", first_step))
     batches = cleanup.enter_context(closing(loader.steps(first_step, steps)))
-    feed, bad_said, saved_at = runlog.Feed(batches, config.optim.batch_size, fed), 0, time.monotonic()
-    with cleanup, log.bar("pretraining") as bar, runlog.stop_signals() as stop_asked:
+    feed, bad_said = runlog.Feed(batches, config.optim.batch_size, fed), 0
+    last = barlow.LastStep(model, write, None if config.run.dry_run else checkpoint, first_step)
+    with cleanup, log.bar("pretraining") as bar, runlog.stop_signals() as stop_asked, last:
         for step, ((view_a, view_b), _, _) in enumerate(feed, first_step):  # each [B, 3, S, S]
             factor = barlow.learning_rate_factor(step, steps, warmup_steps, start=first_lr, end=last_lr)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -141,27 +143,25 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
                 parts = forward(view_a, view_b)
             scaler.scale(parts.loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            with last.update():
+                scaler.step(optimizer)
+                scaler.update()
 
             if step % config.run.log_steps == 0 or step == steps - 1:
-                values = {
-                    name: float(value.detach()) for name, value in parts._asdict().items()
-                }  # waits for the device
+                values = {name: float(value.detach()) for name, value in parts._asdict().items()}  # waits for it all
                 runlog.check_finite(values["loss"], step)
                 loss_first = values["loss"] if step == 0 else loss_first
                 values |= feed.rates()
                 metrics.write(step=step, lr=factor * peaks[0], bad_images=len(loader.bad), **values)
             bar(step + 1, steps, runlog.reading(values))
-            bad = {train_store.name(sample): reason for sample, reason in loader.bad.items()}
-            bad_said = log.say_rejects("replaced, since it does not decode:", bad, bad_said)
+            if len(loader.bad) > bad_said:
+                bad = {train_store.name(sample): reason for sample, reason in list(loader.bad.items())}
+                bad_said = log.say_rejects("replaced, since it does not decode:", bad, bad_said)
 
-            due = step == steps - 1 or time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
-            if (due or stop_asked()) and not config.run.dry_run:
-                runlog.check_finite(float(parts.loss.detach()), step)
-                save(step + 1)
-                saved_at = time.monotonic()
-            if stop_asked():
+            stop = stop_asked()
+            if stop or step == steps - 1 or time.monotonic() - last.saved_at > 60 * config.run.checkpoint_minutes:
+                last.save()
+            if stop:
                 log.say(f"interrupted after step {step + 1:,}; --resume goes on from there")
                 return INTERRUPTED
     rates = feed.total()
@@ -241,10 +241,10 @@ if __name__ == "__main__":
     try:
         with RunLog() as run_log:
             status = main(name, configuration, run_log)
-    except (ValueError, OSError) as error:  # what a user can get wrong or a disk can do; anything else is our mistake
+    except Exception as error:
         if os.environ.get("TWINFEED_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {runlog.explain(error)}")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     sys.exit(status)

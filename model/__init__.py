@@ -2,7 +2,7 @@
 
 from .backbone import BACKBONES, build_backbone
 from .barlow_twins import BarlowTwins
-from .checkpoint import configuration_changes, load_checkpoint, save_checkpoint, write_atomically
+from .checkpoint import LastStep, configuration_changes, load_checkpoint, save_checkpoint, write_atomically
 from .engine import choose_precision, compile_network
 from .knn import colour_feature, knn_accuracies, knn_accuracy, pixel_feature
 from .lars import LARS, parameter_groups
@@ -14,6 +14,7 @@ __all__ = [
     "BACKBONES",
     "LARS",
     "BarlowTwins",
+    "LastStep",
     "LossParts",
     "barlow_loss",
     "build_backbone",

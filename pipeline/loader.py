@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from .recipe import Recipe, ViewParams, draw
 from .stores import Store
 
 _BATCHES_READY = 2  # distorted batches that wait for the consumer
+_BAD_IN_A_ROW = 1000  # bad images without a good one between them: no longer a few that can be replaced
 
 
 class Batch(NamedTuple):
@@ -106,9 +108,8 @@ class Loader:
                     continue
 
         def produce() -> None:
-            batches = self._batches(first, last)
             try:
-                with torch.cuda.stream(stream):  # does nothing for None
+                with closing(self._batches(first, last)) as batches, torch.cuda.stream(stream):  # nothing for None
                     for batch in batches:
                         if stream is not None:  # ready means made: waiting for a batch then includes distorting it
                             stream.synchronize()
@@ -118,15 +119,23 @@ class Loader:
                 put(None)
             except BaseException as error:  # raised again in the consumer's thread
                 put(error)
-            finally:
-                batches.close()
+
+        def get() -> Batch | BaseException | None:
+            while True:
+                try:
+                    return ready.get(timeout=1)
+                except queue.Empty:
+                    if not thread.is_alive() and ready.empty():
+                        return RuntimeError("the thread that makes the batches is gone")
 
         thread = threading.Thread(target=produce, name="twinfeed-loader", daemon=True)
         thread.start()
         try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
+            while (item := get()) is not None:
+                if isinstance(item, Exception):
                     raise item
+                if isinstance(item, BaseException):  # a SystemExit of some library's must not end the run in silence
+                    raise RuntimeError(f"a thread of the loader ended with {item!r}") from item
                 if stream is not None:  # their memory belongs to the loader's stream, and is now in use on this one
                     for tensor in (*item.views, item.labels):
                         tensor.record_stream(torch.cuda.current_stream(self.device))
@@ -189,26 +198,32 @@ class Loader:
             sample = int(order[candidate])
             if sample not in self.bad and sample not in taken:
                 return sample
-        raise ValueError(
-            f"no image is left to stand in for bad ones: {len(self.bad)} of {len(order)} cannot be decoded, the first: "
-            + "; ".join(f"{self.store.name(s)}: {why}" for s, why in list(self.bad.items())[:3])
-        )
+        raise self._too_many_bad("no image is left to stand in for bad ones")
+
+    def _too_many_bad(self, what: str) -> ValueError:
+        first = "; ".join(f"{self.store.name(s)}: {why}" for s, why in list(self.bad.items())[:3])
+        found = f"{len(self.bad)} of {len(self.store)} cannot be decoded"
+        return ValueError(f"{what}: {found}, the first: {first}")
 
     def _repair(self, step: Step, crops: Tensor, good: NDArray[np.bool_]) -> tuple[Step, Tensor]:
         """The same step without its bad samples: replaced, or left out, until all are good."""
+        tried, in_a_row = good, 0
         while True:
             for sample in step.samples[~good]:
                 self.bad[int(sample)] = self._reason(int(sample))
+            in_a_row = 0 if tried.any() else in_a_row + len(tried)
+            if self.shuffle and in_a_row >= _BAD_IN_A_ROW:
+                raise self._too_many_bad(f"{in_a_row} images in a row are bad")
             repaired = self._plan(step.epoch, step.order, step.positions)
             if not self.shuffle:
                 return repaired, crops[:, torch.from_numpy(np.flatnonzero(good)).to(crops.device)]
             redo = np.flatnonzero(repaired.samples != step.samples)
             decoded = self.decoder.stream(iter([(repaired.samples[redo], repaired.params.boxes[:, redo])]))
-            new_crops, new_good = next(decoded)
+            new_crops, tried = next(decoded)
             decoded.close()
             crops[:, torch.from_numpy(redo).to(crops.device)] = new_crops
             good = np.ones(len(good), dtype=bool)
-            good[redo] = new_good
+            good[redo] = tried
             step = repaired
             if good.all():
                 return step, crops

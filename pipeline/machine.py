@@ -90,10 +90,16 @@ def single_threaded_workers(threads: int, name: str) -> ThreadPoolExecutor:
         here = torch.get_num_threads()
         pool = ThreadPoolExecutor(threads, f"twinfeed-{name}", initializer=_use_one_thread)
         all_started = Barrier(threads + 1)
-        for _ in range(threads):
-            pool.submit(all_started.wait)
-        all_started.wait()
-        torch.set_num_threads(here)
+        try:
+            for _ in range(threads):
+                pool.submit(all_started.wait)
+            all_started.wait()
+        except BaseException:  # the system allows no more threads: those that have started must not wait for the rest
+            all_started.abort()
+            pool.shutdown()
+            raise
+        finally:
+            torch.set_num_threads(here)
     return pool
 
 

@@ -6,6 +6,7 @@ before decoding, to draw crops. What was found is kept in the cache folder.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from . import cache_folder
 _INDEX = np.dtype([("label", "i4"), ("height", "i4"), ("width", "i4"), ("bytes", "i8"), ("modified_ns", "i8")])
 _PROBES = 512  # files handed to the threads at a time: a million at once would take gigabytes of bookkeeping
 _HEADER_BYTES = 16_384  # enough for the size of most JPEGs; the rest of a file is read only where it is not
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what no file is to blame for
 _TRAIN, _TEST = ("train", "training"), ("val", "valid", "validation", "test")
 
 Progress = Callable[[int, int], None]  # done, total
@@ -69,8 +71,25 @@ class FolderStore:
         try:
             with open(os.path.join(self.root, path), "rb") as file:
                 return file.read()
-        except OSError:
+        except OSError as error:
+            self._check_folders(path, error)
             return b""
+
+    def _check_folders(self, path: str, error: OSError) -> None:
+        """An image that is gone is replaced, but a folder that is gone ends the run: OSError, which names the highest.
+
+        An unmounted disk would otherwise be found out image by image, and until then be trained on by stand-ins.
+        """
+        if error.errno in _OURS:
+            raise error
+        for folder in (self.root / parent for parent in reversed(Path(path).parents)):
+            try:
+                with os.scandir(folder) as entries:
+                    reason = None if next(entries, None) or folder != self.root else "it is empty"
+            except OSError as closed:
+                reason = closed.strerror or str(closed)
+            if reason:
+                raise OSError(f"the images in {folder} are out of reach: {reason}. Mount or restore it") from error
 
 
 def find_splits(root: Path) -> tuple[Path, Path | None]:
