@@ -1,6 +1,6 @@
 """What the machine could do at most where a rung does nothing but its one necessary thing: measured, not looked up.
 
-Each is the best of a few repeats, on as many threads as the rung has.
+Each is the best of several repeats, on as many threads as the rung has.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from presets import ModelConfig
 
 _BLOCK = 16 << 20  # bytes a thread: beyond what its core's caches hold
 _GPU_BLOCK = 256 << 20
-_REPEATS = 5
+_REPEATS, _SECONDS = 5, 0.5  # at least: others on the machine are less likely to be in the way all the time
 
 
 def reading(mean_bytes: float, threads: int) -> float:
@@ -105,7 +105,8 @@ def _on_all(threads: int, work: Callable[[int], object]) -> float:
 def _seconds(work: Callable[[], object], device: torch.device | None = None) -> float:
     """The shortest time that the work took."""
     found = []
-    for _ in range(1 + _REPEATS):
+    end = time.perf_counter() + _SECONDS
+    while len(found) <= _REPEATS or time.perf_counter() < end:
         if device is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()

@@ -399,6 +399,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     """`python -m bench` in this process, with repeats of a moment: (exit status, everything it said)."""
     monkeypatch.delenv("TWINFEED_TRACEBACK", raising=False)
     monkeypatch.setattr(run, "_QUICK", (0.01, 2))
+    monkeypatch.setattr(ceilings, "_SECONDS", 0.0)
     threads = torch.get_num_threads()
 
     def start(*arguments: object) -> tuple[int, str]:
