@@ -1,12 +1,14 @@
 """The distortions on a CPU: one compiled pass per image, row by row, so that its pixels stay in the core's cache.
 
 The same formulas as in `distort.py`, ten times as fast on one core (bench/NOTES.md), and the same bits for any batch.
-Numba compiles it at the first call, which takes seconds, and keeps the result beside this file.
+Numba compiles it at the first call, which takes seconds, and keeps the result beside this file or in the user's cache.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
+from functools import partial
 
 import numpy as np
 from numba import njit
@@ -15,7 +17,8 @@ from numpy.typing import NDArray
 from .recipe import CONTRAST, HUE, LUMA, SATURATION, Recipe, ViewParams
 
 # Values are finite and sums may be taken in any order: what lets the compiler use whole vectors.
-_fast = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nnan", "ninf", "nsz", "reassoc"})
+_compiled = partial(njit, nogil=True, error_model="numpy", fastmath={"contract", "nnan", "ninf", "nsz", "reassoc"})
+_fast = _compiled()
 
 
 def distort_view(crops: NDArray[np.uint8], params: ViewParams, recipe: Recipe, out: NDArray[np.floating]) -> None:
@@ -26,10 +29,23 @@ def distort_view(crops: NDArray[np.uint8], params: ViewParams, recipe: Recipe, o
     levels = np.arange(256, dtype=dtype) / dtype.type(255)
     luma, scale, shift = np.array(LUMA, dtype), (1 / std).astype(dtype), (-mean / std).astype(dtype)
     fields = map(np.ascontiguousarray, (crops, *params[1:]))  # other strides would be compiled for anew
-    _distort(*fields, reach, levels, luma, scale, shift, out)  # type: ignore[call-arg]
+    _run(*fields, reach, levels, luma, scale, shift, out)
 
 
-@_fast
+def _run(*arguments: object) -> None:
+    """The kernel that is kept on disk; where that cannot be read or written, one that is not."""
+    global _kernel
+    kernel = _kernel
+    try:
+        kernel(*arguments)
+    except Exception as error:  # a damaged file raises anything, a full disk OSError
+        if kernel is _unkept:
+            raise
+        warnings.warn(f"Numba's cache cannot be used, so that each run compiles anew: {error!r}", stacklevel=2)
+        _kernel = _unkept
+        _unkept(*arguments)
+
+
 def _distort(crops, flip, jitter, order, factor, gray, sigma, solarize, reach, levels, luma, scale, shift, out):
     size = crops.shape[1]
     image = np.empty((3, size, size), out.dtype)
@@ -141,7 +157,7 @@ def _gaussian(sigma, reach, taps):
     """Fills in the kernel of that standard deviation, and zeros up to a multiple of four; returns its radius."""
     if sigma == 0:
         return 0
-    radius = min(math.ceil(reach * sigma), (len(taps) - 4) // 2)
+    radius = math.ceil(min(reach * sigma, (len(taps) - 4) // 2))
     taps[:] = 0
     total = 0.0
     for k in range(-radius, radius + 1):
@@ -188,3 +204,10 @@ def _solarize(row):
 def _normalize(row, scale, shift, out):
     for x in range(len(row)):
         out[x] = row[x] * scale + shift
+
+
+_unkept = _fast(_distort)
+try:
+    _kernel = _compiled(cache=True)(_distort)
+except RuntimeError:  # neither this folder nor the user's can be written
+    _kernel = _unkept

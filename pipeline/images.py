@@ -51,8 +51,9 @@ def decode(data: bytes, height: int, width: int) -> Tensor:
     if found != (height, width):
         raise BadImage(f"{found[1]} x {found[0]} pixels, but {width} x {height} when it was indexed")
     if data[:2] == b"\xff\xd8":
-        with suppress(ValueError):  # a flaw in the data: Pillow knows which can be lived with
-            if simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "RGB", "Gray"):  # CMYK is Pillow's as well
+        with suppress(ValueError, KeyError):  # a flaw in the data, or 4:4:1: Pillow knows what can be lived with
+            *header_size, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if tuple(header_size) == found and colours in ("YCbCr", "RGB", "Gray"):  # CMYK is Pillow's as well
                 pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
                 return torch.from_numpy(pixels).permute(2, 0, 1)
     with _open(data) as image:
@@ -78,13 +79,18 @@ def crop(pixels: Tensor, box: NDArray[np.float32], size: int, interpolation: str
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width from the first start-of-frame segment: ten times as fast as opening the image with Pillow."""
+    """Height and width from the first start-of-frame segment: ten times as fast as opening the image with Pillow.
+
+    None where that is not found, or where samples have not 8 bits, which Pillow refuses.
+    """
     if data[:2] != b"\xff\xd8":
         return None
     i = 2
     while i + 9 <= len(data) and data[i] == 0xFF:
         marker = data[i + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            if data[i + 4] != 8:
+                return None
             return int.from_bytes(data[i + 5 : i + 7]), int.from_bytes(data[i + 7 : i + 9])
         i += 1 if marker == 0xFF else 2 + int.from_bytes(data[i + 2 : i + 4])  # a fill byte, or a whole segment
     return None

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Barrier, Lock
 
@@ -61,19 +62,25 @@ class Reservoir:
     """Memory for tensors, which is used again when the last tensor that lies in it is gone.
 
     What the system hands out afresh it clears first, page by page: a twelfth of the time of making views on a CPU
-    (bench/NOTES.md). At most as much is kept as was in use at once.
+    (bench/NOTES.md). What is too small is given back, so that batches of many sizes do not each keep some.
     """
 
     def __init__(self) -> None:
-        self._free: dict[int, list[torch.Tensor]] = {}
+        self._free: list[torch.Tensor] = []
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised, contiguous CPU tensor."""
         count = math.prod(shape) * dtype.itemsize
-        free = self._free.setdefault(count, [])
-        block = free.pop() if free else torch.empty(count, dtype=torch.uint8)
-        lent = block.numpy()  # an object of its own, which the tensors made of it keep alive
-        weakref.finalize(lent, free.append, block).atexit = False
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        block = torch.empty(0, dtype=torch.uint8)
+        with suppress(IndexError):  # none is left; tensors may come and go in several threads
+            while len(block) < count:
+                block = self._free.pop()
+        if len(block) < count:
+            block = torch.empty(count, dtype=torch.uint8)
+        lent = block.numpy()[:count]  # an object of its own, which the tensors made of it keep alive
+        weakref.finalize(lent, self._free.append, block).atexit = False
         return torch.from_numpy(lent).view(dtype).view(*shape)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import importlib.util
 import math
 import os
 import subprocess
@@ -300,13 +301,15 @@ for name in ("_mean", "_colour", "_blur_rows", "_finish"):
     types |= {"pixels": "i32", "size": "i32", "BLOCK": "constexpr"}
     source = ASTSource(function, types, constexprs={"BLOCK": 1024})
     for capability in (80, 90):
-        compiled = compile(source, target=GPUTarget("cuda", capability, 32))
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=kernels._OPTIONS)
         print(name, capability, len(compiled.asm["cubin"]))
 """
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    for variable in ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION"):
+        environment.pop(variable, None)
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-W", "error::UserWarning", "-c", program]  # a user is to see no warnings of Triton's
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 8
 
@@ -319,6 +322,32 @@ def test_without_triton_a_gpu_distorts_in_batches(monkeypatch: pytest.MonkeyPatc
         assert _gpu_kernels.__wrapped__(cpu) is None
     monkeypatch.undo()
     assert _gpu_kernels.__wrapped__(cpu) is not None
+
+
+def test_without_a_cache_that_works_the_kernel_is_compiled_for_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*arguments: object) -> None:
+        raise EOFError("Ran out of input")
+
+    def not_writable(*arguments: object, **options: object) -> None:
+        raise PermissionError("read-only")
+
+    crops, params = crops_of(4, 32), unchanged(1, 4)
+    before = distort_on_cpu(crops, params, PLAIN)[0]
+    from pipeline import fused
+
+    monkeypatch.setattr(fused, "_unkept", fused._kernel)  # any kernel will do, and this one is compiled
+    monkeypatch.setattr(fused, "_kernel", damaged)
+    with pytest.warns(UserWarning, match="cache cannot be used.*Ran out of input"):
+        assert torch.equal(distort_on_cpu(crops, params, PLAIN)[0], before)
+    assert torch.equal(distort_on_cpu(crops, params, PLAIN)[0], before)  # nor is it tried, and warned about, again
+
+    monkeypatch.setattr("tempfile.TemporaryFile", not_writable)  # how Numba looks for a folder
+    spec = importlib.util.spec_from_file_location("pipeline.fused_elsewhere", fused.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module._kernel is module._unkept
 
 
 # ── each of them alone ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -385,6 +414,22 @@ def test_blur_is_the_gaussian_with_replicated_borders(distort: Distort, size: in
         torch.testing.assert_close(view[i], expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_blur_of_a_few_pixels(distort: Distort, size: int) -> None:
+    """Wide blurs are cut off at twice the size, and the finest change nothing."""
+    sigmas = np.array([1e-30, 1e-6, 0.3, 1e4, 1e30], dtype=np.float32)
+    crops = crops_of(1, size).expand(-1, len(sigmas), -1, -1, -1)
+    (view,) = distort(crops, unchanged(1, len(sigmas))._replace(blur_sigma=sigmas[None]), PLAIN)
+    x = crops[0, 0].permute(2, 0, 1).double() / 255
+    for i, sigma in enumerate((None, None, 0.3)):
+        torch.testing.assert_close(view[i].double(), blurred(x, sigma) if sigma else x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(view[3], view[4], rtol=0, atol=1e-6)
+    if size == 1:
+        torch.testing.assert_close(view[4].double(), x, rtol=0, atol=1e-6)
+    else:
+        assert (view[4] - view[4].mean((1, 2), keepdim=True)).abs().max() <= 0.2 * (x - x.mean()).abs().max()
+
+
 def test_solarising_inverts_128_and_more(distort: Distort) -> None:
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16, 1).expand(-1, -1, -1, -1, 3)
     params = unchanged(1, 1)
@@ -432,6 +477,11 @@ def test_views_have_the_type_and_the_layout_asked_for(distort: Distort, dtype: t
         assert view.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(view.to(torch.float32), reference.to(dtype).float(), rtol=0, atol=1e-4)
     assert torch.equal(crops, before)
+
+
+def test_an_empty_batch_has_empty_views(distort: Distort) -> None:
+    views = distort(torch.empty((2, 0, 8, 8, 3), dtype=torch.uint8), unchanged(2, 0), PLAIN)
+    assert [view.shape for view in views] == [(0, 3, 8, 8)] * 2
 
 
 def test_crops_may_have_any_strides(distort: Distort) -> None:

@@ -144,10 +144,20 @@ def rotated_jpeg() -> bytes:
     return encoded(picture(41, 30), exif=exif)
 
 
+def jpeg_441() -> bytes:
+    """Chroma at a quarter of the lines. A unit has four blocks of luma and two of chroma, as in 4:2:0."""
+    data = bytearray(encoded(picture(41, 30), subsampling=2))
+    luma = data.index(b"\xff\xc0") + 11
+    assert data[luma] == 0x22
+    data[luma] = 0x14
+    return bytes(data)
+
+
 FORMATS = {
     "jpeg": encoded(picture(41, 30), quality=75),
     "jpeg 4:4:4": encoded(picture(41, 30), quality=95, subsampling=0),
     "jpeg 4:2:2": encoded(picture(41, 30), subsampling=1),
+    "jpeg 4:4:1": jpeg_441(),
     "jpeg with restarts": encoded(picture(41, 30), restart_marker_blocks=2),
     "progressive jpeg": encoded(picture(41, 30), progressive=True),
     "grey jpeg": encoded(picture(41, 30, mode="L")),
@@ -287,6 +297,32 @@ def test_damaged_bytes_decode_or_are_bad_images_and_nothing_else() -> None:
                     assert str(error)  # noqa: PT017  # either outcome is right
                     bad += 1
     assert bad > 100
+
+
+def lossless_jpeg(bits: int) -> bytes:
+    """One grey pixel, in the middle of what that many bits can say."""
+    frame = b"\xff\xc3\0\x0b" + bytes([bits]) + b"\0\1\0\1\1\1\x11\0"
+    table = b"\xff\xc4\0\x14\0\1" + bytes(16)
+    return b"\xff\xd8" + frame + table + b"\xff\xda\0\x08\1\1\0\1\0\0\x7f\xff\xd9"
+
+
+def test_jpegs_of_fewer_bits_are_refused_as_by_pillow() -> None:
+    assert decode(lossless_jpeg(8), 1, 1).tolist() == [[[128]]] * 3
+    assert np.array_equal(by_pillow(lossless_jpeg(8)), [[[128] * 3]])
+    with pytest.raises(BadImage, match="no JPEG"):
+        decode(lossless_jpeg(5), 1, 1)
+
+
+def test_the_size_in_the_index_is_the_size_of_the_pixels() -> None:
+    """A marker without a length, taken for one that has, leads to the size of a frame in the comment."""
+    frame = JPEG[JPEG.index(b"\xff\xc0") :][:19]
+    fake = frame[:5] + struct.pack(">HH", 64, 80) + frame[9:]
+    comment = b"\xff\xe0" + struct.pack(">H", 65_530) + bytes(65_500) + fake.ljust(28, b"\0")
+    data = b"\xff\xd8\xff\x01" + comment + JPEG[2:]
+    height, width = image_size(data)
+    assert (height, width) == (64, 80)
+    with pytest.raises(BadImage):
+        decode(data, height, width)
 
 
 def test_garbage_after_a_jpeg_marker_has_no_size() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 from pathlib import Path
 
+import pytest
 import torch
 
 from pipeline import barlow_twins, open_loader, open_store
-from pipeline.machine import Reservoir
+from pipeline.machine import Reservoir, single_threaded_workers
 
 
 def test_memory_comes_back_when_its_tensor_is_gone_and_only_then() -> None:
@@ -39,6 +41,36 @@ def test_memory_outlives_its_reservoir() -> None:
     del memory
     gc.collect()
     assert kept.eq(7).all()
+
+
+def test_batches_of_many_sizes_do_not_each_keep_memory() -> None:
+    memory = Reservoir()
+    for rows in (*range(1, 60), *range(59, 0, -1)):
+        lent = [memory.empty((rows, 7), torch.float64) for _ in range(2)]
+        assert [tensor.shape for tensor in lent] == [(rows, 7)] * 2
+        lent[0][:], lent[1][:] = 1, 2
+        assert lent[0].eq(1).all()
+        del lent
+    gc.collect()
+    assert sum(map(len, memory._free)) <= 2 * 59 * 7 * 8
+    assert memory.empty((0, 7), torch.float64).shape == (0, 7)
+
+
+def test_where_threads_are_short_those_that_started_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threading.Thread.start, []
+
+    def two_start(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", two_start)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        single_threaded_workers(4, "few")
+    for thread in started:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_batches_that_are_kept_do_not_change(photos: Path) -> None:
