@@ -104,7 +104,7 @@ def _on_all(threads: int, work: Callable[[int], object]) -> float:
 
 def _seconds(work: Callable[[], object], device: torch.device | None = None) -> float:
     """The shortest time that the work took."""
-    found = []
+    found: list[float] = []
     end = time.perf_counter() + _SECONDS
     while len(found) <= _REPEATS or time.perf_counter() < end:
         if device is not None and device.type == "cuda":
