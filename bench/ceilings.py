@@ -49,7 +49,7 @@ def decoding(encoded: Sequence[bytes], threads: int) -> float | None:
 
 def smaller(encoded: Sequence[bytes], side: int) -> list[bytes]:
     """The same images as JPEGs of at most `side` pixels a side, quality 90."""
-    found: list[float] = []
+    found = []
     for data in encoded:
         image = Image.open(io.BytesIO(data)).convert("RGB")
         image.thumbnail((side, side), Image.Resampling.BICUBIC)
