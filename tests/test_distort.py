@@ -241,8 +241,8 @@ def each_alone() -> list[dict[str, object]]:
     """Parameters of which each set does one thing, at several strengths; and some that do several."""
     jitters = [(i, f) for i in (BRIGHTNESS, CONTRAST, SATURATION) for f in (0.0, 0.6, 1.4)]
     jitters += [(HUE, f) for f in (-0.5, -0.1, 0.03, 0.1, 0.5)]
-    found: list[dict[str, object]] = [{}, {"flip": True}, {"gray": True}, {"solarize": True}]
-    found += [{"blur_sigma": sigma} for sigma in (0.1, 0.4, 1.1, 2.0, 30.0)]
+    found: list[dict[str, object]] = [{}, {"jitter": True}, {"flip": True}, {"gray": True}, {"solarize": True}]
+    found += [{"blur_sigma": sigma} for sigma in (0.1, 0.22, 0.4, 1.1, 2.0, 30.0)]
     found += [{"gray": True, "blur_sigma": 1.3, "solarize": True, "flip": True}]
     return found + [{"jitter": True, "jitter_factor": {i: f}} for i, f in jitters]
 
@@ -261,8 +261,9 @@ def test_the_kernels_for_a_gpu_do_each_operation(kernels: Distort, size: int) ->
                 getattr(params, name)[0, i] = value
     recipe = Recipe(size, RandomResizedCrop(), (View(),), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     crops = crops_of(len(sets), size)
+    crops[0, sets.index({"solarize": True})] = torch.arange(size * size).reshape(size, size, 1) % 256  # all levels
     (ours,), (expected,) = kernels(crops, params, recipe, torch.float32), distort_on_cpu(crops, params, recipe)
-    assert torch.equal(ours[0], crops[0, 0].permute(2, 0, 1) / 255)
+    assert torch.equal(ours[:2], crops[0, :2].permute(0, 3, 1, 2) / 255)  # nothing is done to these
     torch.testing.assert_close(ours, expected, rtol=0, atol=4e-6)
 
 
@@ -281,8 +282,35 @@ def test_views_by_the_kernels_for_a_gpu_are_torchvisions_in_float64(
         for i in range(count):
             row = params.take(v, i)
             close(view[i].double() * std + mean, before_solarizing(crops[v, i], row), row, 1e-5)
-    half = kernels(crops[:, :2], params.take(slice(None), slice(2)), recipe, torch.bfloat16)
+    some = params.take(slice(None), slice(2))
+    half = kernels(crops[:, :2], some, recipe, torch.bfloat16)
     assert [view.dtype for view in half] == [torch.bfloat16] * 2
+    planar = crops[:, :2].permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2)
+    for view, other in zip(half, kernels(planar, some, recipe, torch.bfloat16), strict=True):
+        assert torch.equal(view, other)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 2.0])
+def test_the_kernels_for_a_gpu_write_nothing_beside_their_pixels(
+    kernels: Distort, sigma: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program has more places than this image has pixels: the rest must be masked."""
+    size, empty, blocks = 17, torch.empty, []
+
+    def spacious(shape: int | tuple[int, ...], dtype: torch.dtype = torch.float32, **options: object) -> Tensor:
+        count = math.prod(shape) if isinstance(shape, tuple) else shape
+        block = empty(count + 4096, dtype=dtype, **options).fill_(77)
+        blocks.append((block, count))
+        return block[:count].reshape(shape)
+
+    monkeypatch.setattr("pipeline.fused_gpu.torch.empty", spacious)
+    params = unchanged(1, 1)._replace(blur_sigma=np.full((1, 1), sigma, dtype=np.float32))
+    kernels(crops_of(1, size), params, Recipe(size, RandomResizedCrop(), (View(),)), torch.float32)
+    assert len(blocks) == 3  # views, means, and planes before and after the rows are blurred
+    for block, count in blocks:
+        assert block[count:].eq(77).all()
+    planes, count = blocks[2]
+    assert planes[count // 2 : count].eq(77).all() == (sigma == 0)
 
 
 def test_the_kernels_for_a_gpu_compile(tmp_path: Path) -> None:
