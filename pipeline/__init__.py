@@ -20,12 +20,14 @@ from .loader import Batch, Loader
 from .machine import describe_device, find_device, usable_cores
 from .picture import view_picture
 from .recipe import Recipe, barlow_twins, center_view
-from .stores import Store, Subset, at_most, cache_folder, fingerprint, hold_out
+from .stores import Progress, Store, Subset, at_most, cache_folder, fingerprint, hold_out
 from .stores.demo import demo_folder
-from .stores.folder import FolderStore, Progress, find_splits
+from .stores.folder import FolderStore, find_splits
+from .stores.formats import FORMATS, find_format
 
 __all__ = [
     "DECODERS",
+    "FORMATS",
     "Batch",
     "Loader",
     "Recipe",
@@ -49,11 +51,12 @@ __all__ = [
 
 
 def open_store(path: str | Path, progress: Progress = lambda done, total: None) -> Store:
-    """The encoded images at `path`: a folder, with or without a sub-folder for each class.
+    """The encoded images at `path`: a folder, with or without a sub-folder for each class, or one of FORMATS.
 
     progress(done, total) is called while it is indexed. ValueError where there is nothing to train on.
     """
-    return FolderStore(Path(path), progress)
+    format = find_format(Path(path))
+    return FORMATS[format].open(Path(path), progress) if format else FolderStore(Path(path), progress)
 
 
 def open_loader(

@@ -19,8 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound, 268 MB decoded. Larger is refused undecoded: 1 kB can claim any size.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")  # the last for the pixels that FFCV keeps in a beton
 
 
 class BadImage(ValueError):
@@ -28,7 +28,7 @@ class BadImage(ValueError):
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Height and width in pixels from the header of an encoded JPEG, PNG or WebP; `BadImage` where there is none."""
+    """Height and width in pixels from the header of an encoded JPEG, PNG, WebP, BMP or PPM; `BadImage` where there is none."""
     size = _jpeg_size(data)
     if size is None:
         with _open(data) as image:
@@ -103,7 +103,7 @@ def _open(data: bytes) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             yield image
     except UnidentifiedImageError:
-        raise BadImage("it is no JPEG, PNG or WebP that can be opened") from None
+        raise BadImage("it is no JPEG, PNG, WebP or BMP that can be opened") from None
     except Image.DecompressionBombError as error:
         raise BadImage(str(error)) from None
     except Exception as error:

@@ -172,6 +172,9 @@ FORMATS = {
     "png palette": palette_png(),
     "png 1 bit": encoded(picture(41, 30, mode="1"), "PNG"),
     "webp": encoded(picture(41, 30), "WEBP"),
+    "bmp": encoded(picture(41, 30), "BMP"),
+    "palette bmp": encoded(picture(41, 30, mode="P"), "BMP"),
+    "ppm": encoded(picture(41, 30), "PPM"),
     "lossless webp with alpha": encoded(picture(41, 30, mode="RGBA"), "WEBP", lossless=True),
 }
 
@@ -227,9 +230,9 @@ def jpeg(width: int, height: int) -> bytes:
 JPEG, PNG, WEBP = (FORMATS[name] for name in ("jpeg", "png", "webp"))
 BAD = {
     "nothing": (b"", "empty"),
-    "text": (b"<html>404 not found</html>", "no JPEG, PNG or WebP"),
-    "a gif": (encoded(picture(41, 30, mode="P"), "GIF"), "no JPEG, PNG or WebP"),
-    "two bytes of a jpeg": (b"\xff\xd8", "no JPEG, PNG or WebP"),
+    "text": (b"<html>404 not found</html>", "no JPEG, PNG, WebP or BMP"),
+    "a gif": (encoded(picture(41, 30, mode="P"), "GIF"), "no JPEG, PNG, WebP or BMP"),
+    "two bytes of a jpeg": (b"\xff\xd8", "no JPEG, PNG, WebP or BMP"),
     "half a jpeg": (JPEG[: len(JPEG) // 2], "truncated"),
     "a jpeg without its last bytes": (JPEG[:-40], "truncated"),
     "half a png": (PNG[: len(PNG) // 2], "truncated"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from ..order import Samples
 from ..philox import philox
+
+Progress = Callable[[int, int], None]  # done, total
 
 _STREAM = 0x7370  # keeps these random numbers apart from those of `epoch_order` and `draw`
 
@@ -80,3 +83,13 @@ def cache_folder() -> Path:
     """Where indexes and the embedded data set are kept between runs; TWINFEED_CACHE overrides it."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TWINFEED_CACHE") or Path(base) / "twinfeed")
+
+
+def join_names(names: Iterable[str]) -> NDArray[np.uint8]:
+    """Names as an array that can be saved without pickling; undecodable bytes of file names survive."""
+    return np.frombuffer(b"\0".join(os.fsencode(name) for name in names), dtype=np.uint8)
+
+
+def split_names(joined: NDArray[np.uint8]) -> list[str]:
+    """What `join_names` joined."""
+    return [os.fsdecode(name) for name in joined.tobytes().split(b"\0")] if len(joined) else []

@@ -1,4 +1,4 @@
-"""A folder of JPEG, PNG and WebP files, nested to any depth; the first level of sub-folders names the classes.
+"""A folder of JPEG, PNG, WebP and BMP files, nested to any depth; the first level of sub-folders names the classes.
 
 Opening one walks it, and reads the header of each file that is new or changed since the last time: sizes are needed
 before decoding, to draw crops. What was found is kept in the cache folder.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -20,15 +20,13 @@ from numpy.typing import NDArray
 
 from ..images import SUFFIXES, BadImage, image_size
 from ..order import Samples
-from . import cache_folder
+from . import Progress, cache_folder, join_names, split_names
 
 _INDEX = np.dtype([("label", "i4"), ("height", "i4"), ("width", "i4"), ("bytes", "i8"), ("modified_ns", "i8")])
 _PROBES = 512  # files handed to the threads at a time: a million at once would take gigabytes of bookkeeping
 _HEADER_BYTES = 16_384  # enough for the size of most JPEGs; the rest of a file is read only where it is not
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what no file is to blame for
 _TRAIN, _TEST = ("train", "training"), ("val", "valid", "validation", "test")
-
-Progress = Callable[[int, int], None]  # done, total
 
 
 class FolderStore:
@@ -187,7 +185,7 @@ def _load(cache: Path) -> tuple[list[str], NDArray[Any], dict[str, str]]:
     """Paths, index and rejects as saved; nothing where there is no cache or it is damaged: it is only a shortcut."""
     try:
         with open(cache, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            paths, names, reasons = (_split(saved[key]) for key in ("paths", "rejects", "reasons"))
+            paths, names, reasons = (split_names(saved[key]) for key in ("paths", "rejects", "reasons"))
             index = saved["index"]
         if index.dtype == _INDEX and len(index) == len(paths):
             return paths, index, dict(zip(names, reasons, strict=True))
@@ -200,16 +198,10 @@ def _save(cache: Path, paths: list[str], index: NDArray[Any], rejects: dict[str,
     temporary = cache.with_suffix(f".{os.getpid()}.tmp.npz")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, paths=_join(paths), index=index, rejects=_join(rejects), reasons=_join(rejects.values()))
+        names = {"paths": paths, "rejects": rejects, "reasons": rejects.values()}
+        arrays: dict[str, Any] = {key: join_names(texts) for key, texts in names.items()}
+        np.savez(temporary, index=index, **arrays)
         os.replace(temporary, cache)
     except OSError:  # a read-only or full disk costs a new scan the next time, not this run
         with suppress(OSError):
             temporary.unlink()
-
-
-def _join(texts: Any) -> NDArray[np.uint8]:
-    return np.frombuffer(b"\0".join(os.fsencode(text) for text in texts), dtype=np.uint8)
-
-
-def _split(joined: NDArray[np.uint8]) -> list[str]:
-    return [os.fsdecode(text) for text in joined.tobytes().split(b"\0")] if len(joined) else []
