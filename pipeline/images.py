@@ -28,7 +28,7 @@ class BadImage(ValueError):
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Height and width in pixels from the header of an encoded JPEG, PNG, WebP, BMP or PPM; `BadImage` where there is none."""
+    """Height and width in pixels from the header of an encoded image of `_FORMATS`; `BadImage` where there is none."""
     size = _jpeg_size(data)
     if size is None:
         with _open(data) as image:
