@@ -24,6 +24,8 @@ from .stores import Progress, Store, Subset, at_most, cache_folder, fingerprint,
 from .stores.demo import demo_folder
 from .stores.folder import FolderStore, find_splits
 from .stores.formats import FORMATS, find_format
+from .stores.verify import verify_store
+from .stores.write import Report, Written, write_store
 
 __all__ = [
     "DECODERS",
@@ -31,8 +33,10 @@ __all__ = [
     "Batch",
     "Loader",
     "Recipe",
+    "Report",
     "Store",
     "Subset",
+    "Written",
     "at_most",
     "barlow_twins",
     "cache_folder",
@@ -46,7 +50,9 @@ __all__ = [
     "open_loader",
     "open_store",
     "usable_cores",
+    "verify_store",
     "view_picture",
+    "write_store",
 ]
 
 

@@ -57,18 +57,19 @@ def hold_out(store: Store, fraction: float, seed: int) -> tuple[Subset, Subset]:
 
     ValueError where none is left to train on.
     """
-    shuffled, count = _shuffled(len(store), seed), max(1, round(fraction * len(store)))
+    order, count = shuffled(len(store), seed), max(1, round(fraction * len(store)))
     if count >= len(store):
         raise ValueError(f"holding out {fraction:g} of {len(store)} images leaves none to train on: hold out fewer")
-    return Subset(store, np.sort(shuffled[count:])), Subset(store, np.sort(shuffled[:count]))
+    return Subset(store, np.sort(order[count:])), Subset(store, np.sort(order[:count]))
 
 
 def at_most(count: int, store: Store, seed: int = 0) -> Store:
     """`store`, or `count` of its samples at random."""
-    return store if len(store) <= count else Subset(store, np.sort(_shuffled(len(store), seed)[:count]))
+    return store if len(store) <= count else Subset(store, np.sort(shuffled(len(store), seed)[:count]))
 
 
-def _shuffled(n: int, seed: int) -> Samples:
+def shuffled(n: int, seed: int) -> Samples:
+    """range(n) in an order that `seed` alone decides."""
     words = philox(seed, np.arange(n), 0, 0, _STREAM << 16)
     return np.argsort(words[0] << np.uint64(32) | words[1], kind="stable")
 
