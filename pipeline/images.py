@@ -23,6 +23,7 @@ from torch import Tensor
 MAX_PIXELS = 89_478_485  # Pillow's own bound, 268 MB decoded. Larger is refused undecoded: 1 kB can claim any size.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")  # the last for the pixels that FFCV keeps in a beton
+PPM = b"P6\n%d %d\n255\n"  # width and height of the raw RGB pixels that follow
 QUALITY = 95  # of JPEGs made of other formats, unless asked otherwise
 UNTOUCHED = "passed through"
 
@@ -62,7 +63,8 @@ def as_jpeg(data: bytes, max_side: int | None, short_side: int | None, quality: 
     `BadImage` where `decode` would, and encodes again what only Pillow can read.
     """
     height, width = image_size(data)
-    shrink = min(1, (max_side or width) / max(height, width), (short_side or height + width) / min(height, width))
+    longer, shorter = max(height, width), min(height, width)
+    shrink = min(1, (max_side or longer) / longer, (short_side or shorter) / shorter)
     size = max(1, round(height * shrink)), max(1, round(width * shrink))
     done, subsampling = _plain(data, height, width) if data[:2] == b"\xff\xd8" else ("from other formats", "444")
     if done == UNTOUCHED:
