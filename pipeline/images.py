@@ -66,7 +66,7 @@ def as_jpeg(data: bytes, max_side: int | None, short_side: int | None, quality: 
     longer, shorter = max(height, width), min(height, width)
     shrink = min(1, (max_side or longer) / longer, (short_side or shorter) / shorter)
     size = max(1, round(height * shrink)), max(1, round(width * shrink))
-    done, subsampling = _plain(data, height, width) if data[:2] == b"\xff\xd8" else ("from other formats", "444")
+    done, subsampling = _plain(data, height, width) if data[:2] == b"\xff\xd8" else ("from other formats", "4:4:4")
     if done == UNTOUCHED:
         if size != (height, width):
             done = "resized"
@@ -79,8 +79,9 @@ def as_jpeg(data: bytes, max_side: int | None, short_side: int | None, quality: 
     pixels = decode(data, height, width)
     if size != (height, width):
         pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
-    packed = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # [H, W, 3]
-    return Jpeg(simplejpeg.encode_jpeg(packed, quality or QUALITY, "RGB", subsampling, fastdct=False), *size, done)
+    buffer, packed = io.BytesIO(), np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # [H, W, 3]
+    Image.fromarray(packed).save(buffer, "JPEG", quality=quality or QUALITY, subsampling=subsampling)
+    return Jpeg(buffer.getvalue(), *size, done)
 
 
 def check(data: bytes, height: int, width: int) -> None:
@@ -106,12 +107,12 @@ def _plain(data: bytes, height: int, width: int) -> tuple[str, str]:
     try:
         *size, colours, subsampling = simplejpeg.decode_jpeg_header(data)
     except (ValueError, KeyError):  # 4:4:1
-        return "repaired", "444"
+        return "repaired", "4:4:4"
     if tuple(size) != (height, width):
-        return "repaired", "444"
+        return "repaired", "4:4:4"
     if colours not in ("YCbCr", "RGB", "Gray"):
-        return "from CMYK", "444"
-    return UNTOUCHED, subsampling if subsampling in ("444", "422", "420") else "444"
+        return "from CMYK", "4:4:4"
+    return UNTOUCHED, ":".join(subsampling) if subsampling in ("422", "420") else "4:4:4"
 
 
 def _jpeg_quality(data: bytes) -> int:

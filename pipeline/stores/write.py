@@ -232,7 +232,7 @@ def _write_file(
         format.finish(whole, _rows(np.concatenate(parts)))
         whole.flush()
         os.fsync(whole.fileno())
-    if sidecar := format.scan(growing).sidecar:  # reads what was written, too
+    if any(_written(part).bytes for part in parts) and (sidecar := format.scan(growing).sidecar):  # reads what was written, too
         sidecar_path(final).write_text(sidecar)
     os.replace(growing, final)
 
@@ -444,8 +444,8 @@ def _claimed(partial: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if partial.exists() and {entry.name for entry in partial.iterdir()} <= {"lock"}:
-                shutil.rmtree(partial)
+            if not any(path.is_file() and path != lock for path in partial.rglob("*")):
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _work_files(final: Path) -> tuple[Path, Path, Path]:
