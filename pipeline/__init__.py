@@ -24,8 +24,9 @@ from .stores import Progress, Store, Subset, at_most, cache_folder, fingerprint,
 from .stores.demo import demo_folder
 from .stores.folder import FolderStore, find_splits
 from .stores.formats import FORMATS, find_format
+from .stores.shard import Written
 from .stores.verify import verify_store
-from .stores.write import Report, Written, write_store
+from .stores.write import Report, write_store
 
 __all__ = [
     "DECODERS",

@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +108,17 @@ Train = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Train]:
-    """`train.py` in this process, from an empty folder: (exit status, everything it said)."""
+def run_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Train]:
+    """A verb, by its name, in this process, from an empty folder: (exit status, everything it said)."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.delenv("TWINFEED_TRACEBACK", raising=False)
 
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    def run(name: str, *arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         status: Any = 0
         try:
-            runpy.run_path(str(TRAIN), run_name="__main__")
+            runpy.run_path(str(TRAIN.with_name(f"{name}.py")), run_name="__main__")
         except SystemExit as end:
             status = end.code or 0
         said = capsys.readouterr()
@@ -128,6 +129,18 @@ def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     yield run
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def train(run_verb: Train) -> Train:
+    """`train.py` in this process, from an empty folder: (exit status, everything it said)."""
+    return partial(run_verb, "train")
+
+
+@pytest.fixture
+def convert(run_verb: Train) -> Train:
+    """`convert.py`, likewise."""
+    return partial(run_verb, "convert")
 
 
 @pytest.fixture(scope="session")

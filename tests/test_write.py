@@ -19,9 +19,9 @@ from PIL import Image, JpegImagePlugin
 from test_images import BAD, by_pillow
 from test_images import FORMATS as IMAGES
 
-from pipeline import FORMATS, open_store, verify_store, write_store
+from pipeline import FORMATS, Report, Written, open_store, verify_store, write_store
 from pipeline.images import BadImage, as_jpeg, check, decode
-from pipeline.stores import write
+from pipeline.stores import shard
 from pipeline.stores.records import described
 
 TARGETS = {"beton": "x.beton", "webdataset": "x", "tfrecord": "x"}
@@ -38,7 +38,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def convert(source: Any, folder: Path, format: str, **options: Any) -> write.Report:
+def convert(source: Any, folder: Path, format: str, **options: Any) -> Report:
     return write_store(source, folder / TARGETS[format], format=format, **options)
 
 
@@ -273,7 +273,7 @@ def test_killed_at_any_point_it_goes_on_to_the_same_bytes(
 ) -> None:
     source = write_photos(tmp_path / "source", 24)
     (source / "class0" / "bad.jpg").write_bytes(b"no image")
-    monkeypatch.setattr(write, "_TOGETHER", 8000)  # a few images a chunk, so that there are many places to die at
+    monkeypatch.setattr(shard, "_TOGETHER", 8000)  # a few images a chunk, so that there are many places to die at
     (tmp_path / "whole").mkdir()
     convert(source, tmp_path / "whole", format, shards=2)
     expected = everything(tmp_path / "whole")
@@ -298,7 +298,7 @@ def test_what_the_disk_lost_of_a_killed_conversion_is_written_again(
     photos: Path, tmp_path: Path, format: str, killer: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A power failure may take the end of a file, though the journal tells of it."""
-    monkeypatch.setattr(write, "_TOGETHER", 8000)
+    monkeypatch.setattr(shard, "_TOGETHER", 8000)
     (tmp_path / "whole").mkdir()
     convert(photos, tmp_path / "whole", format)
     (tmp_path / "torn").mkdir()
@@ -356,7 +356,7 @@ def test_the_same_again_is_nothing_to_do_and_another_is_refused(photos: Path, tm
 
 
 def test_two_at_once_are_refused(photos: Path, tmp_path: Path) -> None:
-    def interfere(written: write.Written, images: int) -> None:
+    def interfere(written: Written, images: int) -> None:
         with pytest.raises(ValueError, match="another conversion is writing"):
             convert(photos, tmp_path, "webdataset")
 

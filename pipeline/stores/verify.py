@@ -17,8 +17,8 @@ from ..order import Samples
 from . import Progress, Store
 from .formats import FORMATS, find_format
 from .records import RecordStore, described, sidecar_path
+from .shard import Plan, prepare
 from .sources import Source, open_source
-from .write import Plan, prepare, written_order
 
 _TOGETHER = 32  # images that a thread takes at a time
 
@@ -116,7 +116,7 @@ def _made_from(path: Path, store: Store, source: Source, problems: list[str]) ->
         for number in left_out
         if not isinstance(prepare(source, number, plan), str)
     ]
-    numbers = written_order(plan)
+    numbers = plan.order()
     numbers = numbers[~np.isin(numbers, left_out)]
     if len(numbers) != len(store):
         problems.append(f"{path} holds {len(store)} images, but {rejects.name} leaves {len(numbers)}")

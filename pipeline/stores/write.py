@@ -11,69 +11,26 @@ import json
 import os
 import re
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, as_completed
+from concurrent.futures import Executor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import version
-from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
 import numpy as np
-from numpy.typing import NDArray
 
-from ..images import BadImage, Jpeg, as_jpeg
 from ..machine import single_threaded_workers, usable_cores
-from ..order import Samples
-from . import Progress, shuffled
+from . import Progress
 from .formats import FORMATS
-from .records import ROW, described, index_path, save_index, sidecar_path
+from .records import described, index_path, save_index
+from .shard import REJECTED, Plan, Written, index_rows, json_line, read_journal, work_files, write_file
 from .sources import Source, open_source, spooled
 
-_JOURNAL = np.dtype([*ROW.descr, ("end", "<i8"), ("source", "<i8"), ("done", "S24")])  # `end` of the record in the file
-_REJECTED = b"rejected"
-_TOGETHER = 1 << 20  # bytes of images that a thread takes at a time: each hand-over costs as much as a small image
 _LIBRARIES = ("numpy", "pillow", "simplejpeg", "torch")  # that decide the bytes of what is encoded again
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What decides the bytes of a conversion."""
-
-    source: str
-    identity: str  # see `Source`
-    images: int
-    format: str
-    shards: int
-    seed: int
-    max_side: int | None
-    short_side: int | None
-    quality: int | None
-    validate: bool
-
-    def files(self, target: Path) -> list[str]:
-        """The names of the files of the result."""
-        if not FORMATS[self.format].SHARDED:
-            return [target.name]
-        of = f"-of-{self.shards:05d}" if self.format == "tfrecord" else ""
-        return [f"shard-{shard:05d}{of}{FORMATS[self.format].SUFFIX}" for shard in range(self.shards)]
-
-    def positions(self, shard: int) -> tuple[int, Samples]:
-        """The first position of a shard in the data set, and the numbers in the source of what lies there."""
-        first, last = (self.images * edge // self.shards for edge in (shard, shard + 1))
-        return first, written_order(self)[first:last]
-
-
-class Written(NamedTuple):
-    """How far a conversion is."""
-
-    images: int = 0  # done, rejects among them
-    rejects: int = 0
-    bytes: int = 0
 
 
 class Report(NamedTuple):
@@ -166,129 +123,6 @@ def write_store(
         return _report(target, new=True)
 
 
-def prepare(source: Source, number: int, plan: Plan) -> Jpeg | str:
-    """An image as it is to be written, or why it is left out: a pure function of its arguments.
-
-    OSError where it is not the image that is out of reach, but the source.
-    """
-    try:
-        return as_jpeg(source.read(number), plan.max_side, plan.short_side, plan.quality, plan.validate)
-    except BadImage as error:
-        return str(error)
-
-
-# ── one file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _write_file(
-    plan: Plan,
-    source: Source,
-    shard: int,
-    final: Path,
-    strict: bool,
-    pool: Executor,
-    ahead: int,
-    wrote: Callable[[Written], None],
-) -> None:
-    """Writes one file of the result, from where its journal ends."""
-    format, (first, numbers) = FORMATS[plan.format], plan.positions(shard)
-    growing, journal_path, rejects_path = _work_files(final)
-    if final.exists():
-        return wrote(_written(_read_journal(journal_path)))
-    with _grown(growing) as file, _grown(journal_path) as journal, _grown(rejects_path) as rejects:
-        done = _recover(file, journal, rejects)
-        parts, position, end = [done], len(done), int(done["end"][-1]) if len(done) else 0
-        wrote(_written(done))
-        if not position:
-            end = _append(file, [format.begin(len(numbers))])
-        for chunk in _prepared(plan, source, numbers[position:], pool, ahead):
-            data: list[bytes] = []
-            rows: list[tuple[Any, ...]] = []
-            reasons: list[bytes] = []
-            for number, image, checksum in chunk:
-                name, label = source.name(number), int(source.labels[number])
-                try:
-                    if isinstance(image, str):
-                        raise BadImage(image)
-                    key, size = first + position + len(rows), (image.height, image.width)
-                    before, after = format.frame(end, key, name, label, *size, image.data, checksum)
-                except BadImage as error:
-                    if strict:
-                        raise ValueError(f"{name}: {error}") from error
-                    reasons.append(_json_line({"source": number, "name": name, "reason": str(error)}))
-                    rows.append((-1, 0, 0, shard, 0, 0, 0, end, number, _REJECTED))
-                    continue
-                data += (before, image.data, after)
-                at, end = end + len(before), end + len(before) + len(image.data) + len(after)
-                rows.append((label, *size, shard, at, len(image.data), checksum, end, number, image.done.encode()))
-            parts.append(np.array(rows, dtype=_JOURNAL))
-            position += len(rows)
-            _append(file, data)
-            _append(rejects, reasons)
-            _append(journal, [parts[-1].tobytes()])  # last: what it tells of is there
-            wrote(_written(parts[-1]))
-    with open(growing, "r+b") as whole:
-        whole.seek(0, os.SEEK_END)
-        format.finish(whole, _rows(np.concatenate(parts)))
-        whole.flush()
-        os.fsync(whole.fileno())
-    if any(_written(part).bytes for part in parts) and (sidecar := format.scan(growing).sidecar):  # reads what was written, too
-        sidecar_path(final).write_text(sidecar)
-    os.replace(growing, final)
-
-
-def _prepared(
-    plan: Plan, source: Source, numbers: Samples, pool: Executor, ahead: int
-) -> Iterator[list[tuple[int, Jpeg | str, int]]]:
-    """Chunks of (number in the source, image, its checksum), in order; `ahead` of them at a time in the pool."""
-
-    def some(numbers: Samples) -> list[tuple[int, Jpeg | str, int]]:
-        images = [(int(number), prepare(source, int(number), plan)) for number in numbers]
-        return [(n, image, 0 if isinstance(image, str) else google_crc32c.value(image.data)) for n, image in images]
-
-    waiting: deque[Future[list[tuple[int, Jpeg | str, int]]]] = deque()
-    at, mean = 0, 100_000.0
-    while at < len(numbers) or waiting:
-        while at < len(numbers) and len(waiting) < ahead:
-            together = int(np.clip(_TOGETHER / mean, 1, 64))
-            waiting.append(pool.submit(some, numbers[at : at + together]))
-            at += together
-        chunk = waiting.popleft().result()
-        mean = (mean + sum(len(image.data) for _, image, _ in chunk if not isinstance(image, str)) / len(chunk)) / 2
-        yield chunk
-
-
-def _recover(file: FileIO, journal: FileIO, rejects: FileIO) -> NDArray[Any]:
-    """The journal as far as the file has what it tells of; all three are cut off there, and stand at their ends."""
-    told = journal.read()
-    rows, kept = np.frombuffer(told[: len(told) // _JOURNAL.itemsize * _JOURNAL.itemsize], dtype=_JOURNAL), 0
-    for row in rows:
-        file.seek(row["offset"])
-        if not row["done"] or google_crc32c.value(file.read(row["bytes"])) != row["checksum"]:
-            break
-        kept += 1
-    rows, lines = rows[:kept], rejects.read().splitlines(keepends=True)
-    for cut, to in (
-        (file, int(rows["end"][-1]) if kept else 0),
-        (journal, kept * _JOURNAL.itemsize),
-        (rejects, sum(map(len, lines[: int((rows["done"] == _REJECTED).sum())]))),
-    ):
-        cut.truncate(to)
-        cut.seek(to)
-    return rows
-
-
-def _append(file: FileIO, parts: list[bytes]) -> int:
-    """Writes all of the parts at once; how many bytes that was."""
-    size = sum(map(len, parts))
-    written = os.writev(file.fileno(), parts) if parts else 0
-    if written < size:  # a signal, or a disk that is almost full
-        rest = memoryview(b"".join(parts))
-        while written < size:
-            written += os.write(file.fileno(), rest[written:])
-    return size
-
-
 # ── all files ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -312,7 +146,7 @@ def _write_here(
     pool = single_threaded_workers(threads, "convert")
     try:
         for shard, name in enumerate(plan.files(target)):
-            _write_file(plan, source, shard, partial / "data" / name, strict, pool, 2 * threads + 1, wrote)
+            write_file(plan, source, shard, partial / "data" / name, strict, pool, 2 * threads + 1, wrote)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -348,7 +182,7 @@ def write_one(plan: Plan, shard: int, final: str, strict: bool) -> tuple[int, in
     counts: list[Written] = []
     pool = single_threaded_workers(1, "convert")
     try:
-        _write_file(plan, source, shard, Path(final), strict, pool, 3, counts.append)
+        write_file(plan, source, shard, Path(final), strict, pool, 3, counts.append)
     finally:
         pool.shutdown(cancel_futures=True)
     images, rejects, size = map(sum, zip(*counts, strict=True))
@@ -379,16 +213,16 @@ def _open(source: Any, partial: Path, listing: Progress) -> Source:
 def _put_in_place(plan: Plan, source: Source, target: Path, partial: Path) -> None:
     """The index and the account beside the target, then the target itself."""
     files = [partial / "data" / name for name in plan.files(target)]
-    journals = [_read_journal(_work_files(file)[1]) for file in files]
+    journals = [read_journal(work_files(file)[1]) for file in files]
     told = np.concatenate(journals)
-    rows = _rows(told)
-    lines = [_json_line({"source": None, "name": name, "reason": why}) for name, why in source.rejects.items()]
-    lines += [_work_files(file)[2].read_bytes() for file in files]
+    rows = index_rows(told)
+    lines = [json_line({"source": None, "name": name, "reason": why}) for name, why in source.rejects.items()]
+    lines += [work_files(file)[2].read_bytes() for file in files]
     if not len(rows):
         first = json.loads(b"".join(lines).splitlines()[0])
         shutil.rmtree(partial)
         raise ValueError(f"none of the {plan.images} images can be used; the first, {first['name']}: {first['reason']}")
-    done = Counter(word.decode() for word in told["done"] if word != _REJECTED)
+    done = Counter(word.decode() for word in told["done"] if word != REJECTED)
     account = {
         "format": plan.format,
         "images": len(rows),
@@ -412,7 +246,7 @@ def _put_in_place(plan: Plan, source: Source, target: Path, partial: Path) -> No
 
 def _report(target: Path, new: bool) -> Report:
     account = described(target)
-    return Report(target, *(account[name] for name in ("images", "rejects", "done", "bytes")), new)
+    return Report(target, account["images"], account["rejects"], account["done"], account["bytes"], new)
 
 
 def _settle(plan: Plan, partial: Path) -> None:
@@ -448,49 +282,7 @@ def _claimed(partial: Path) -> Iterator[None]:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _work_files(final: Path) -> tuple[Path, Path, Path]:
-    """What a file is until it is finished, its journal, and the reasons of its rejects."""
-    work = final.parent.parent / "journal"
-    return work / f"{final.name}.growing", work / f"{final.name}.rows", work / f"{final.name}.rejects.jsonl"
-
-
-def _grown(path: Path) -> FileIO:
-    """A file opened for reading and writing without a buffer, made where there is none."""
-    return FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
-
-
-def _read_journal(path: Path) -> NDArray[Any]:
-    return np.fromfile(path, dtype=_JOURNAL)
-
-
-def _rows(journal: NDArray[Any]) -> NDArray[Any]:
-    """What an index says of it."""
-    good = journal[journal["done"] != _REJECTED]
-    rows = np.zeros(len(good), dtype=ROW)
-    for name in ROW.names or ():
-        rows[name] = good[name]
-    return rows
-
-
-def _written(journal: NDArray[Any]) -> Written:
-    return Written(len(journal), int((journal["done"] == _REJECTED).sum()), int(journal["bytes"].sum()))
-
-
 def _write_whole(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
-
-
-def _json_line(values: dict[str, Any]) -> bytes:
-    return json.dumps(values).encode() + b"\n"
-
-
-def written_order(plan: Plan) -> Samples:
-    """Which image of the source lies where, were none of them bad."""
-    return _order(plan.images, plan.seed)
-
-
-@lru_cache(1)
-def _order(images: int, seed: int) -> Samples:
-    return shuffled(images, seed)
