@@ -210,7 +210,7 @@ def test_a_subset_of_records_has_what_lies_around_its_samples_fetched(photos: Pa
 
 
 def test_all_that_is_asked_for_is_fetched_from_the_disk(tmp_path: Path) -> None:
-    """More than Linux fetches at one request: 8 MiB or less, whatever is asked for."""
+    """More than Linux fetches at one request, whatever is asked for: what the disk takes at once, 8 MiB where seen."""
     image, path = bytes(100_000), tmp_path / "a.records"
     path.write_bytes(bytes(50_000) + 400 * image)
     rows = np.zeros(400, ROW)

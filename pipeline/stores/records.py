@@ -93,7 +93,7 @@ class RecordStore:
     def prefetch(self, first: int, last: int) -> None:
         """Asks the system to fetch the samples first <= sample < last, which lie side by side, ahead of their use.
 
-        It comes back when all is asked for, which is when the disk has delivered most.
+        It comes back when all is asked for: a disk that is behind makes it wait.
         """
         rows = self.index[first:last]
         for number in np.unique(rows["file"]):
