@@ -66,6 +66,7 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
             threads=config.run.threads,
             seed=config.run.seed,
             shuffle=shuffle,
+            shuffle_block=config.data.shuffle_block,
             device=device,
         )
 
@@ -174,8 +175,7 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
     names = ("knn_top1_untrained", "knn_top1_pixels", "knn_top1_colour", "knn_top1_trained")
     scores: dict[str, float | None] = dict.fromkeys(names)
     if test_store is not None:
-        untrained, trained = build_model().backbone.eval(), model.backbone.eval()
-        features = dict(zip(names, (untrained, barlow.pixel_feature, barlow.colour_feature, trained), strict=True))
+        features = (build_model().backbone.eval(), barlow.pixel_feature, barlow.colour_feature, model.backbone.eval())
         with log.bar("kNN test") as bar:
 
             def test_views(store: Store, most: int) -> Iterator[Batch]:
@@ -184,7 +184,7 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
                 log.say_rejects("left out", {store.name(sample): reason for sample, reason in loader.bad.items()})
 
             bank, queries = test_views(train_store, _KNN_BANK), test_views(test_store, _KNN_QUERIES)
-            scores |= barlow.knn_accuracies(bank, queries, features)
+            scores |= barlow.knn_accuracies(bank, queries, dict(zip(names, features, strict=True)))
     summary = {
         "preset": preset,
         "device": device_name,

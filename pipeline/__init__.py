@@ -78,6 +78,7 @@ def open_loader(
     rank: int = 0,
     world: int = 1,
     shuffle: bool = True,
+    shuffle_block: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Loader:
@@ -98,6 +99,7 @@ def open_loader(
         rank=rank,
         world=world,
         shuffle=shuffle,
+        shuffle_block=shuffle_block,
         device=device,
         dtype=dtype,
     )

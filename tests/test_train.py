@@ -217,6 +217,7 @@ BAD_OPTIONS = {
     "--hold-out 1": ("--hold-out", "1", "between"),
     "--crop-area 0.5 0.1": ("--crop-area", "0.5", "range"),
     "--log-steps 0": ("--log-steps", "at least 1"),
+    "--shuffle-block 0": ("--shuffle-block", "0", "at least 1"),
     "--threads 0": ("--threads", "0", "at least 1"),
     "--hw-decoder-load 65": ("--hw-decoder-load", "65", "from 0 to 1"),
     "--projector 32-x": ("projector", "32-x", "8192-8192-8192"),

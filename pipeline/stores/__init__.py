@@ -20,7 +20,10 @@ _STREAM = 0x7370  # keeps these random numbers apart from those of `epoch_order`
 
 
 class Store(Protocol):
-    """Encoded images by position. Immutable, picklable and thread-safe."""
+    """Encoded images by position. Immutable, picklable and thread-safe.
+
+    One whose neighbours lie side by side on a disk can have `prefetch(first, last)` too (see `RecordStore`).
+    """
 
     classes: list[str]  # [] where the images carry no labels
     index: NDArray[Any]  # structured [n]: label (-1 where there is none), height, width
@@ -50,6 +53,11 @@ class Subset:
 
     def name(self, sample: int) -> str:
         return self.store.name(int(self.samples[sample]))
+
+    def prefetch(self, first: int, last: int) -> None:
+        """Of the store, if it has that; with what lies between the samples: few are left out where this is called."""
+        if hasattr(self.store, "prefetch"):
+            self.store.prefetch(int(self.samples[first]), int(self.samples[last - 1]) + 1)
 
 
 def hold_out(store: Store, fraction: float, seed: int) -> tuple[Subset, Subset]:
