@@ -26,7 +26,7 @@ _INDEX = np.dtype([("label", "i4"), ("height", "i4"), ("width", "i4"), ("bytes",
 _PROBES = 512  # files handed to the threads at a time: a million at once would take gigabytes of bookkeeping
 _HEADER_BYTES = 16_384  # enough for the size of most JPEGs; the rest of a file is read only where it is not
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what no file is to blame for
-_TRAIN, _TEST = ("train", "training"), ("val", "valid", "validation", "test")
+TRAIN, TEST = ("train", "training"), ("val", "valid", "validation", "test")
 
 
 class FolderStore:
@@ -40,7 +40,7 @@ class FolderStore:
         if not self.root.is_dir():
             raise ValueError(f"{root} is {'no folder' if self.root.exists() else 'not there'}: name a folder of images")
         unreadable: dict[str, str] = {}
-        paths = sorted(_walk(self.root, unreadable))
+        paths = sorted(walk_images(self.root, unreadable))
         if not paths:
             raise ValueError(f"{root} holds no image: looked for {', '.join(SUFFIXES)} files in it, to any depth")
         found, rejects = _index(self.root, paths, progress)
@@ -51,7 +51,7 @@ class FolderStore:
             raise ValueError(f"{root}: none of its {len(paths)} images can be used; the first, {name}: {reason}")
         self.paths = [paths[i] for i in good]
         self.index = found[good]
-        self.classes = _classes(self.paths)
+        self.classes = class_folders(self.paths)
         if self.classes:
             numbers = {name: i for i, name in enumerate(self.classes)}
             self.index["label"] = [numbers[path.partition(os.sep)[0]] for path in self.paths]
@@ -96,15 +96,15 @@ def find_splits(root: Path) -> tuple[Path, Path | None]:
     A `train` beside other folders, none of which is a test split, is a class that is called so.
     """
     folders = {p.name.lower(): p for p in root.iterdir() if p.is_dir()} if root.is_dir() else {}
-    train, test = (next((folders[name] for name in names if name in folders), None) for names in (_TRAIN, _TEST))
-    if test is not None and folders.keys() <= {*_TEST}:
+    train, test = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, TEST))
+    if test is not None and folders.keys() <= {*TEST}:
         raise ValueError(f"{root} holds {test.name}/ but no train/: name the folder of images to train on")
     if train is None or (test is None and len(folders) > 1):
         return root, None
     return train, test
 
 
-def _walk(root: Path, unreadable: dict[str, str]) -> Iterator[str]:
+def walk_images(root: Path, unreadable: dict[str, str]) -> Iterator[str]:
     """Paths of images relative to `root`; links are followed, each folder is entered once, hidden ones never.
 
     Folders that cannot be listed are added to `unreadable`, with the reason.
@@ -126,7 +126,7 @@ def _walk(root: Path, unreadable: dict[str, str]) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
-def _classes(paths: list[str]) -> list[str]:
+def class_folders(paths: list[str]) -> list[str]:
     """The first-level folders, where there are at least two and no image lies beside them; else []."""
     first = {path.partition(os.sep)[0] if os.sep in path else "" for path in paths}
     return sorted(first) if len(first) > 1 and "" not in first else []
