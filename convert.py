@@ -37,12 +37,13 @@ INTERRUPTED = 130  # exit status of what was stopped, and can go on
 
 @dataclass(frozen=True)
 class Convert:
-    """Write SOURCE to TARGET in a seeded global shuffle, each image decoded once to see that it is good."""
+    """Write SOURCE to TARGET in a seeded global shuffle, each image decoded once to see that it is good. The same
+    command goes on where an earlier one was ended. `convert.py verify --help`: read a TARGET again, and compare."""
 
-    source: Positional[str]
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
     """A folder (its sub-folders are classes), .beton, folder of .tar or .tfrecord, Hugging Face .parquet, a URL of
     any of these, or torchvision:CIFAR10[:test]."""
-    target: Positional[Path]
+    target: Annotated[Positional[Path], arg(metavar="TARGET")]
     """x.beton, or a folder of shards."""
     format: Literal["beton", "webdataset", "tfrecord"] | None = None
     """What to write, where the name of TARGET does not say it."""
@@ -64,12 +65,6 @@ class Convert:
     """End at the first bad image instead of leaving it out."""
     threads: int | None = None
     """One a core without it."""
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """Other machines."""
-
     scheduler: str | None = None
     """Address of a Dask scheduler whose workers write the shards; SOURCE and TARGET on a file system that all share.
     Dask's parts trust each other, and pickle what they exchange: over a network that others share, use its TLS
@@ -80,7 +75,7 @@ class Elsewhere:
 class Verify:
     """Read all of TARGET again and compare it with its checksums, and with SOURCE where that is given."""
 
-    target: Positional[Path]
+    target: Annotated[Positional[Path], arg(metavar="TARGET")]
     """What was converted."""
     against: Annotated[str | None, arg(metavar="SOURCE")] = None
     """Make each image again from its source, and compare."""
@@ -88,7 +83,7 @@ class Verify:
     """One a core without it."""
 
 
-def convert(job: Convert, elsewhere: Elsewhere, log: RunLog) -> int:
+def convert(job: Convert, log: RunLog) -> int:
     """One conversion; the exit status."""
     with log.bar("loading torch"):
         import pipeline
@@ -97,7 +92,7 @@ def convert(job: Convert, elsewhere: Elsewhere, log: RunLog) -> int:
     with (
         log.bar(f"listing {job.source}") as listing,
         log.bar("converting") as bar,
-        cluster(elsewhere.scheduler) as pool,
+        cluster(job.scheduler) as pool,
     ):
 
         def progress(written: Written, images: int) -> None:
@@ -107,7 +102,8 @@ def convert(job: Convert, elsewhere: Elsewhere, log: RunLog) -> int:
             rate, size = (written.images - first[1].images) / elapsed, (written.bytes - first[1].bytes) / elapsed
             bar(written.images, images, f"{rate:.0f} images/s, {size / 1e6:.0f} MB/s, {written.rejects} rejects")
 
-        report = pipeline.write_store(**asdict(job), executor=pool, progress=progress, listing=listing)
+        wishes = {name: value for name, value in asdict(job).items() if name != "scheduler"}
+        report = pipeline.write_store(**wishes, executor=pool, progress=progress, listing=listing)
     if not report.new:
         log.say(f"{report.path} is there already, from the same conversion: nothing to do")
         return 0
@@ -161,8 +157,8 @@ def parse() -> Callable[[RunLog], int]:
     if sys.argv[1:2] == ["verify"]:
         checking = tyro.cli(Verify, args=sys.argv[2:], prog="convert.py verify")
         return lambda log: verify(checking, log)
-    job, elsewhere = tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Convert, Elsewhere]], description=__doc__)
-    return lambda log: convert(job, elsewhere, log)
+    job = tyro.cli(Convert, prog="convert.py")
+    return lambda log: convert(job, log)
 
 
 if __name__ == "__main__":
