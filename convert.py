@@ -142,7 +142,7 @@ def cluster(address: str | None) -> Iterator[Executor | None]:
         from distributed import Client
     except ImportError as error:
         raise ValueError(f"--scheduler needs Dask ({error}): uv sync --extra convert") from None
-    with tempfile.TemporaryDirectory(prefix="twinfeed-") as folder, Client(address, set_as_default=False) as client:
+    with tempfile.TemporaryDirectory(prefix="twinfeed-") as folder, Client(address, timeout=10, set_as_default=False) as client:
         shipped = Path(folder) / "twinfeed-pipeline.zip"
         here = Path(__file__).parent
         with zipfile.ZipFile(shipped, "w") as archive:

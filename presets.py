@@ -22,8 +22,8 @@ class DataConfig:
     """What is seen, and how it is distorted."""
 
     data: Path | None = None
-    """Folder of images: train/ and val/ (or test/) in it are those splits; sub-folders are classes, if any.
-    Without it, `demo` draws its own."""
+    """Folder of images (sub-folders are classes, if any), .beton file, or folder of .tar or .tfrecord; train and val (or
+    test) in a folder, as folders or .beton, are those splits. Without it, `demo` draws its own."""
     hold_out: float = 0.1
     """Fraction of labelled images kept for the final kNN test where the folder has no test split."""
     shuffle_block: int | None = None

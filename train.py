@@ -213,7 +213,7 @@ def open_stores(preset: str, config: Pretrain, log: RunLog) -> tuple[Store, Stor
         with log.bar("drawing the demo data set, once") as bar:
             train_folder, test_folder = pipeline.find_splits(pipeline.demo_folder(pipeline.cache_folder(), bar))
     else:
-        raise ValueError(f"{preset} needs a folder of images: --data DIR")
+        raise ValueError(f"{preset} needs images: --data DIR or FILE")
 
     def opened(folder: Path) -> Store:
         with log.bar(f"indexing {folder}") as bar:
@@ -223,13 +223,13 @@ def open_stores(preset: str, config: Pretrain, log: RunLog) -> tuple[Store, Stor
 
     train_store = opened(train_folder)
     if not train_store.classes:
-        log.say(f"{train_folder} has no class folders, or images beside them: no kNN test, which needs labels")
+        log.say(f"{train_folder} has no labels (or images beside class folders): no kNN test, which needs them")
         return train_store, None
     if test_folder is not None:
         test_store = opened(test_folder)
         if test_store.classes == train_store.classes:
             return train_store, test_store
-        log.say(f"{test_folder} has other class folders than {train_folder}: not used")
+        log.say(f"{test_folder} has other classes than {train_folder}: not used")
     share = min(config.data.hold_out, _KNN_QUERIES / len(train_store))
     train_part, test_part = pipeline.hold_out(train_store, share, config.run.seed)
     log.say(f"{len(test_part):,} images are kept out of training for the kNN test (--hold-out)")

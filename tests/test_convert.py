@@ -33,7 +33,7 @@ def test_a_folder_becomes_data_that_train(
     target = tmp_path / TARGETS[format]
     status, text = convert(photos, target, *([] if format == "beton" else ["--format", format]))
     assert status == 0, text
-    assert re.search(r"images +60\n +passed through +60\n", text)
+    assert re.search(r"images +60 *\n +passed through +60 *\n", text)
     assert re.search(r"time +[\d.]+ s, [\d,]+ images/s, \d+ MB/s", text)
     assert f"uv run train.py --data {target}" in text
     status, text = train("--data", target, "--epochs", "1", *TINY, "--run", tmp_path / "run")
@@ -78,7 +78,7 @@ def test_what_was_done_and_left_out_is_said(convert: Train, tmp_path: Path) -> N
         ("resized", 1),
         ("left out", "1, see x.beton.rejects.jsonl"),
     ):
-        assert re.search(rf"{what} +{count}\n", text.replace("  \n", "\n")), (what, text)
+        assert re.search(rf"{what} +{count} *\n", text), (what, text)
     (line,) = (tmp_path / "x.beton.rejects.jsonl").read_text().splitlines()
     assert json.loads(line)["name"].endswith("bad\n.jpg")
     status, text = convert(source, tmp_path / "x.beton", "--max-side", "200", "--quality", "85")
@@ -107,7 +107,6 @@ def test_wrong_wishes_are_one_line(convert: Train, photos: Path, tmp_path: Path)
     refused(convert(photos, tmp_path / "x"), "does not say which format", "beton, webdataset, tfrecord")
     refused(convert(photos, tmp_path / "x.beton", "--quality", "101"), "101", "at most 100")
     refused(convert("verify", photos), "holds none of beton, webdataset, tfrecord")
-    refused(convert(photos, tmp_path / "x.beton", "--scheduler", "tcp://127.0.0.1:1"), "a cluster writes shards")
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "val").mkdir()
     refused(convert(tmp_path / "data", tmp_path / "x.beton"), "train/ and val/", "convert each by itself")

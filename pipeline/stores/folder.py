@@ -91,11 +91,12 @@ class FolderStore:
 
 
 def find_splits(root: Path) -> tuple[Path, Path | None]:
-    """The folders to train and to test on: `train` and `val` (or `test`) below `root`, else `root` and None.
+    """What to train and to test on: `train` and `val` (or `test`) in `root`, else `root` and None.
 
-    A `train` beside other folders, none of which is a test split, is a class that is called so.
+    Both are folders or .beton files. A folder `train` beside others, none a test split, is a class that is called so.
     """
     folders = {p.name.lower(): p for p in root.iterdir() if p.is_dir()} if root.is_dir() else {}
+    folders |= {p.stem.lower(): p for p in root.glob("*.beton")}
     train, test = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, TEST))
     if test is not None and folders.keys() <= {*TEST}:
         raise ValueError(f"{root} holds {test.name}/ but no train/: name the folder of images to train on")

@@ -33,7 +33,6 @@ from .formats import FORMATS, find_format
 from .records import class_names
 from .spool import Files, Item, Records, Source, digest, spool, spooled
 
-
 __all__ = ["Source", "open_source", "spooled"]
 
 _IMAGES = ("image", "img", "image.bytes", "img.bytes", "image_bytes", "jpg", "png")  # columns, the best first
