@@ -142,9 +142,9 @@ def cluster(address: str | None) -> Iterator[Executor | None]:
         from distributed import Client
     except ImportError as error:
         raise ValueError(f"--scheduler needs Dask ({error}): uv sync --extra convert") from None
-    with tempfile.TemporaryDirectory(prefix="twinfeed-") as folder, Client(address, timeout=10, set_as_default=False) as client:
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder, Client(address, timeout=10, set_as_default=False) as client:
         shipped = Path(folder) / "twinfeed-pipeline.zip"
-        here = Path(__file__).parent
         with zipfile.ZipFile(shipped, "w") as archive:
             for path in sorted((here / "pipeline").rglob("*.py")):
                 archive.write(path, path.relative_to(here))

@@ -22,7 +22,7 @@ class DataConfig:
     """What is seen, and how it is distorted."""
 
     data: Path | None = None
-    """Folder of images (sub-folders are classes, if any), .beton file, or folder of .tar or .tfrecord; train and val (or
+    """Folder of images (sub-folders are classes, if any), .beton, or folder of .tar or .tfrecord; train and val (or
     test) in a folder, as folders or .beton, are those splits. Without it, `demo` draws its own."""
     hold_out: float = 0.1
     """Fraction of labelled images kept for the final kNN test where the folder has no test split."""
