@@ -97,8 +97,8 @@ class RunConfig:
     """Decides initial weights, order and distortions."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    decoder: Literal["auto", "dali", "torchvision"] = "auto"
-    """auto: DALI on a GPU, else torchvision."""
+    decoder: Literal["auto", "dali", "torchvision", "ffcv"] = "auto"
+    """auto: DALI on a GPU, else torchvision. ffcv: FFCV's loader, for a beton."""
     hw_decoder_load: float = 0.65
     """Fraction of the images that DALI gives to the GPU's JPEG engine, where it has one [DALI's default: 0.65]."""
     threads: int | None = None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .decoders import DECODERS, open_decoder
+from .decoders import DECODERS, FOR_ANY_STORE, open_decoder
 from .loader import Batch, Loader
 from .machine import describe_device, find_device, usable_cores
 from .picture import view_picture
@@ -31,6 +31,7 @@ from .stores.write import Report, write_store
 __all__ = [
     "DECODERS",
     "FORMATS",
+    "FOR_ANY_STORE",
     "Batch",
     "Loader",
     "Recipe",

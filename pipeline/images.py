@@ -27,12 +27,14 @@ PPM = b"P6\n%d %d\n255\n"  # width and height of the raw RGB pixels that follow
 QUALITY = 95  # of JPEGs made of other formats, unless asked otherwise
 UNTOUCHED = "passed through"
 
+Encoded = bytes | memoryview
+
 
 class BadImage(ValueError):
     """An encoded image that cannot be used; the message says why."""
 
 
-def image_size(data: bytes) -> tuple[int, int]:
+def image_size(data: Encoded) -> tuple[int, int]:
     """Height and width in pixels from the header of an encoded image of `_FORMATS`; `BadImage` where there is none."""
     size = _jpeg_size(data)
     if size is None:
@@ -134,7 +136,7 @@ def _standard_coarseness() -> NDArray[np.int64]:
     return np.array([coarseness(quality) for quality in range(1, 101)])
 
 
-def decode(data: bytes, height: int, width: int) -> Tensor:
+def decode(data: Encoded, height: int, width: int) -> Tensor:
     """The pixels of an encoded image of that size, uint8 [3, height, width], channels last in memory.
 
     Raises `BadImage` for whatever does not decode completely, or not to the size that the index promised.
@@ -172,7 +174,7 @@ def crop(pixels: Tensor, box: NDArray[np.float32], size: int, interpolation: str
     return F.interpolate(inside, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+def _jpeg_size(data: Encoded) -> tuple[int, int] | None:
     """Height and width from the first start-of-frame segment: ten times as fast as opening the image with Pillow.
 
     None where that is not found, or where samples have not 8 bits, which Pillow refuses.
@@ -191,7 +193,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _open(data: bytes) -> Iterator[Image.Image]:
+def _open(data: Encoded) -> Iterator[Image.Image]:
     """`Image.open`, with whatever Pillow and its codecs raise inside the block as `BadImage`."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:

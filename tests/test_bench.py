@@ -802,7 +802,7 @@ def test_all_take_part_and_are_compared_with_the_authors_turn_by_turn() -> None:
     with RunLog() as log, log.bar("contest") as bar:
         found = contest.contest([encoded(picture(9, 9), "PNG"), *pictures], 24, True, bar)
     names = [c.name for c in found]
-    ours = {f"twinfeed, {d}{small}" for d in pipeline.DECODERS for small in ("", ", 400 px")}
+    ours = {f"twinfeed, {d}{small}" for d in pipeline.FOR_ANY_STORE for small in ("", ", 400 px")}
     if not pipeline_has("nvidia-dali-cuda130"):
         ours = {name for name in ours if "dali" not in name}
     assert names[: len(names) - len(ours)] == [peer.name for peer in peers(24)]

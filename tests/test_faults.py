@@ -407,7 +407,7 @@ def test_that_all_images_are_deleted_is_found_out_soon(tmp_path: Path, batch_siz
 
 @pytest.mark.parametrize("gone", ["photos", "photos/class", "."])
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("decoder", pipeline.DECODERS)
+@pytest.mark.parametrize("decoder", pipeline.FOR_ANY_STORE)
 def test_a_folder_that_is_gone_is_named_at_once(tmp_path: Path, gone: str, shuffle: bool, decoder: str) -> None:
     store, threads = large(tmp_path / "data" / "photos"), set(threading.enumerate())
     (tmp_path / "data" / gone).rename(tmp_path / "away")

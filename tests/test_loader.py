@@ -15,7 +15,7 @@ from conftest import as_records, write_photos
 
 import pipeline.loader
 from bench.ladder import _bytes_from_disk
-from pipeline import DECODERS, Batch, Loader, Store, Subset, barlow_twins, center_view, open_loader, open_store
+from pipeline import FOR_ANY_STORE, Batch, Loader, Store, Subset, barlow_twins, center_view, open_loader, open_store
 from pipeline.machine import single_threaded_workers
 from pipeline.order import Samples, epoch_order
 from pipeline.stores.records import ROW, RecordStore
@@ -63,7 +63,7 @@ def test_a_batch_holds_two_views_and_the_labels_of_its_samples(photos: Path) -> 
     assert loader.bad == {}
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_without_shuffle_samples_come_in_order_and_the_last_batch_is_short(photos: Path, decoder: str) -> None:
     loader = loader_of(open_store(photos), 16, shuffle=False, decoder=decoder)
     assert len(loader) == 4
@@ -86,7 +86,7 @@ def test_views_come_in_the_type_asked_for(photos: Path) -> None:
         assert b.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_a_loader_can_be_run_again_and_twice_at_once(photos: Path, decoder: str) -> None:
     loader = loader_of(open_store(photos), 20, decoder=decoder)
     once = list(loader.epoch(0))
@@ -143,7 +143,7 @@ class AtOnce:
     def shutdown(self, cancel_futures: bool) -> None: ...
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 @pytest.mark.parametrize(("world", "block"), [(1, 7), (2, 7), (1, 1), (1, 60)])
 def test_each_window_is_asked_for_once_an_epoch_and_before_it_is_read(
     photos: Path, decoder: str, world: int, block: int, monkeypatch: pytest.MonkeyPatch
@@ -249,7 +249,7 @@ def spoil(store: Store, samples: list[int]) -> None:
 REASONS = ("truncated", "cannot be read, or is empty", "when it was indexed")
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 @pytest.mark.parametrize(
     ("spoilt", "stand_ins"),
     [  # positions in the order of epoch 0: p is replaced by p + 6, p + 12, ... modulo 26; batches of 6
@@ -311,7 +311,7 @@ def test_a_stand_in_has_the_views_of_its_own_sample(own_photos: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["found out", "known before"])
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_without_shuffle_bad_images_are_left_out(own_photos: Path, decoder: str, known: bool) -> None:
     store = open_store(own_photos)
     good = list(loader_of(store, shuffle=False, decoder=decoder).epoch(0))
@@ -330,7 +330,7 @@ def test_without_shuffle_bad_images_are_left_out(own_photos: Path, decoder: str,
             torch.testing.assert_close(a, b[kept], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_where_no_image_is_left_the_error_names_files(own_photos: Path, decoder: str) -> None:
     store = open_store(own_photos)
     for i in range(26):
@@ -393,7 +393,7 @@ def fail_in_the_consumer(loader: Loader) -> None:
 
 
 @pytest.mark.parametrize("leave", [break_out, close, drop, never_begin, run_out, fail_in_the_consumer])
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_no_thread_outlives_its_iterator(photos: Path, decoder: str, leave: Callable[[Loader], None]) -> None:
     loader = loader_of(open_store(photos), decoder=decoder)
     before = set(threading.enumerate())
@@ -402,7 +402,7 @@ def test_no_thread_outlives_its_iterator(photos: Path, decoder: str, leave: Call
         assert set(threading.enumerate()) == before
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_an_error_while_reading_reaches_the_consumer_and_leaves_no_thread(photos: Path, decoder: str) -> None:
     order = epoch_order(60, SEED, 0)
     before = set(threading.enumerate())
@@ -436,7 +436,7 @@ def threads_of_torch() -> tuple[int, int]:
     return torch.get_num_threads(), elsewhere[0]
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_torchs_own_threads_stay_as_they_were(photos: Path, decoder: str) -> None:
     usual = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -133,7 +133,7 @@ def sixteen_bits() -> bytes:
     return encoded(image, "PNG")
 
 
-@pytest.mark.parametrize("decoder", pipeline.DECODERS)
+@pytest.mark.parametrize("decoder", pipeline.FOR_ANY_STORE)
 def test_odd_images_are_trained_on_or_reported_and_the_rest_goes_on(train: Train, tmp_path: Path, decoder: str) -> None:
     folder, run = write_photos(tmp_path / "photos", 40, classes=1), tmp_path / "run"
     good = encoded(picture(60, 60), quality=90)
