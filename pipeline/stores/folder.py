@@ -70,24 +70,25 @@ class FolderStore:
             with open(os.path.join(self.root, path), "rb") as file:
                 return file.read()
         except OSError as error:
-            self._check_folders(path, error)
+            check_folders(self.root, path, error)
             return b""
 
-    def _check_folders(self, path: str, error: OSError) -> None:
-        """An image that is gone is replaced, but a folder that is gone ends the run: OSError, which names the highest.
 
-        An unmounted disk would otherwise be found out image by image, and until then be trained on by stand-ins.
-        """
-        if error.errno in _OURS:
-            raise error
-        for folder in (self.root / parent for parent in reversed(Path(path).parents)):
-            try:
-                with os.scandir(folder) as entries:
-                    reason = None if next(entries, None) or folder != self.root else "it is empty"
-            except OSError as closed:
-                reason = closed.strerror or str(closed)
-            if reason:
-                raise OSError(f"the images in {folder} are out of reach: {reason}. Mount or restore it") from error
+def check_folders(root: Path, path: str, error: OSError) -> None:
+    """An image that is gone is one bad image, but a folder that is gone is an OSError, which names the highest.
+
+    An unmounted disk would otherwise be found out image by image, and until then be trained on by stand-ins.
+    """
+    if error.errno in _OURS:
+        raise error
+    for folder in (root / parent for parent in reversed(Path(path).parents)):
+        try:
+            with os.scandir(folder) as entries:
+                reason = None if next(entries, None) or folder != root else "it is empty"
+        except OSError as closed:
+            reason = closed.strerror or str(closed)
+        if reason:
+            raise OSError(f"the images in {folder} are out of reach: {reason}. Mount or restore it") from error
 
 
 def find_splits(root: Path) -> tuple[Path, Path | None]:

@@ -14,7 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..images import BadImage
 from . import Progress, join_names, split_names
+from .folder import check_folders
 from .records import ROW, RecordStore, class_names, save_index
 
 Label = int | str | None
@@ -34,7 +36,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> bytes:
-        """The encoded image; OSError where it cannot be read."""
+        """The encoded image; `BadImage` where it cannot be read, OSError where the whole source is out of reach."""
 
     def name(self, i: int) -> str:
         """What the source calls it, on every machine."""
@@ -53,8 +55,12 @@ class Files:
         return len(self.paths)
 
     def read(self, i: int) -> bytes:
-        with open(os.path.join(self.root, self.paths[i]), "rb") as file:
-            return file.read()
+        try:
+            with open(os.path.join(self.root, self.paths[i]), "rb") as file:
+                return file.read()
+        except OSError as error:
+            check_folders(self.root, self.paths[i], error)
+            raise BadImage(error.strerror or str(error)) from error
 
     def name(self, i: int) -> str:
         return self.paths[i]
@@ -74,7 +80,7 @@ class Records:
     def read(self, i: int) -> bytes:
         (image,) = self.store.read_batch(np.array([i]))
         if not image:
-            raise OSError(f"{self.store.name(i)}: it cannot be read")
+            raise BadImage("it cannot be read")
         return image
 
     def name(self, i: int) -> str:
