@@ -200,7 +200,8 @@ def _remote(spec: str, progress: Progress, scratch: Path) -> Source:
         if "file" in fs.protocol:
             return open_source(root, progress, scratch)
         found = sorted(_patiently(fs.find, root))
-        paths = [p for p in found if _kind(p) == ".parquet" or (_kind(p) and os.path.dirname(p) == root)] or found
+        paths = [p for p in found if _kind(p) == ".parquet" or (_kind(p) and os.path.dirname(p) == root)]
+        paths = paths or [path for path in found if not _kind(path)]
     if len(kinds := {_kind(path) for path in paths}) > 1:
         raise ValueError(f"{spec}: name one folder, or files of one kind")
     names = [unquote(path[len(root) + 1 :]) if "http" in fs.protocol else path[len(root) + 1 :] for path in paths]
