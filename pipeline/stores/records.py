@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ ROW = np.dtype(
 )
 _FILES_OPEN = 128  # at a time and store: many systems allow a process 1024
 _HEADER_BYTES = 16_384  # enough for the size of most images
+_MOST_CLASSES = 1 << 22  # a damaged number would be made a list of as many names
 _PROBES = 512  # images handed to the threads at a time
 
 
@@ -283,6 +285,12 @@ def _image_sizes(file: Path, found: Sequence[Found], pool: ThreadPoolExecutor) -
     opened = _OpenFile(file)
 
     def size(image: Found) -> tuple[int, int] | str:
+        if isinstance(image.label, int) and not 0 <= image.label < _MOST_CLASSES:
+            return f"its label is {image.label}"
+        if isinstance(image.label, str) and not image.label.isprintable():
+            return f"its label is no text: {image.label!a:.40}"
+        if image.bytes > np.iinfo(ROW["bytes"]).max:
+            return f"it has {image.bytes:,} bytes"
         head = os.pread(opened.fd, min(image.bytes, _HEADER_BYTES), image.offset)
         try:
             try:
@@ -296,9 +304,14 @@ def _image_sizes(file: Path, found: Sequence[Found], pool: ThreadPoolExecutor) -
         yield from pool.map(size, found[first : first + _PROBES])
 
 
+def naturally(file: Path) -> list[Any]:
+    """Sorts names as people do, 9 before 10."""
+    return [int(part) if odd % 2 else part for odd, part in enumerate(re.split("([0-9]+)", file.name))]
+
+
 def sidecar_path(file: Path) -> Path:
-    """Where DALI's index of a file is kept: `a.tar` -> `a.idx`."""
-    return file.with_suffix(".idx")
+    """Where DALI's index of a file is kept: `a.tar` -> `a.idx`, `a.tfrecord-0-of-2` -> `a.tfrecord-0-of-2.idx`."""
+    return file.with_name(f"{file.name}.idx") if "-of-" in file.suffix else file.with_suffix(".idx")
 
 
 def _settle_sidecar(file: Path, text: str) -> None:
@@ -306,7 +319,7 @@ def _settle_sidecar(file: Path, text: str) -> None:
     if not beside.exists():
         with suppress(OSError):  # read-only: DALI's own reader then has none, ours needs none
             temporary = beside.with_name(f"{beside.name}.{os.getpid()}.tmp")
-            temporary.write_text(text)
+            temporary.write_bytes(text.encode())
             os.replace(temporary, beside)
     elif beside.read_bytes() != text.encode():
         raise ValueError(f"{beside} does not describe {file.name}: delete it, it is made again")
