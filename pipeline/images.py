@@ -21,6 +21,7 @@ from torch import Tensor
 MAX_PIXELS = 89_478_485  # Pillow's own bound, 268 MB decoded. Larger is refused undecoded: 1 kB can claim any size.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")  # the last for the pixels that FFCV keeps in a beton
+PPM = b"P6\n%d %d\n255\n"  # width and height of the raw RGB pixels that follow
 
 
 class BadImage(ValueError):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import io
 import json
 import os
 import runpy
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,29 @@ def write_photos(root: Path, count: int, classes: int = 3) -> Path:
         width, height = rng.integers(40, 120, 2)
         path.write_bytes(encoded(picture(int(width), int(height), seed=i), quality=90))
     return root
+
+
+def needed(module: str) -> Any:
+    """That module, or a skipped test where it is missing; a failed one where everything has to be installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it thinks of the libraries that it imports
+            return importlib.import_module(module)
+    except ImportError as error:
+        if os.environ.get("TWINFEED_CI"):
+            pytest.fail(f"{module} cannot be imported: {error}")
+        pytest.skip(f"needs {module}: {error}")
+
+
+@pytest.fixture
+def ffcv() -> Iterator[Any]:
+    """The library, without what its loaders do to torch's threads, here and in the threads of the tests to come."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield needed("ffcv")
+    gc.collect()  # its loaders lie in circles; here warnings about them are expected
+    torch.set_num_threads(threads)
 
 
 def decoder_of(name: str, store: Any, recipe: Any, threads: int = 2) -> Any:

@@ -316,6 +316,8 @@ def sidecar_path(file: Path) -> Path:
 
 def _settle_sidecar(file: Path, text: str) -> None:
     beside = sidecar_path(file)
+    if not text:  # a format that DALI has no reader for
+        return
     if not beside.exists():
         with suppress(OSError):  # read-only: DALI's own reader then has none, ours needs none
             temporary = beside.with_name(f"{beside.name}.{os.getpid()}.tmp")
