@@ -39,7 +39,7 @@ ROW = np.dtype(
 )
 _FILES_OPEN = 128  # at a time and store: many systems allow a process 1024
 _HEADER_BYTES = 16_384  # enough for the size of most images
-_MOST_CLASSES = 1 << 22  # a damaged number would be made a list of as many names
+MOST_CLASSES = 1 << 20  # a name is made for each: a damaged label must not fill the memory
 _PROBES = 512  # images handed to the threads at a time
 
 
@@ -285,10 +285,9 @@ def _image_sizes(file: Path, found: Sequence[Found], pool: ThreadPoolExecutor) -
     opened = _OpenFile(file)
 
     def size(image: Found) -> tuple[int, int] | str:
-        if isinstance(image.label, int) and not 0 <= image.label < _MOST_CLASSES:
-            return f"its label is {image.label}"
-        if isinstance(image.label, str) and not image.label.isprintable():
-            return f"its label is no text: {image.label!a:.40}"
+        label = image.label or 0
+        if not (label.isprintable() if isinstance(label, str) else 0 <= label < MOST_CLASSES):
+            return f"its label is {label!a:.60}"
         if image.bytes > np.iinfo(ROW["bytes"]).max:
             return f"it has {image.bytes:,} bytes"
         head = os.pread(opened.fd, min(image.bytes, _HEADER_BYTES), image.offset)

@@ -59,10 +59,7 @@ def _field(number: int, content: bytes, missing: int = 0) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    low = b""
-    while value > 127:
-        low, value = low + bytes([value & 127 | 128]), value >> 7
-    return low + bytes([value])
+    return bytes([value]) if value < 128 else bytes([value % 128 + 128]) + _varint(value // 128)
 
 
 def _masked(crc: int) -> bytes:
@@ -143,10 +140,13 @@ def _fields(data: bytes, at: int, end: int, number: int) -> Iterator[tuple[int, 
     """Where the fields of that number begin and end in a message; ValueError where it is none."""
     while at < end:
         tag, at = _read_varint(data, at, end)
-        size = {0: 0, 1: 8, 2: 0, 5: 4}.get(tag & 7, end)
-        if tag & 7 == 2:
+        if tag & 7 == 0:
+            stop = _read_varint(data, at, end)[1]
+        elif tag & 7 == 2:
             size, at = _read_varint(data, at, end)
-        stop = at + size if tag & 7 else _read_varint(data, at, end)[1]
+            stop = at + size
+        else:  # fixed sizes; groups, which are no longer used, end behind the end
+            stop = at + {1: 8, 5: 4}.get(tag & 7, end)
         if stop > end:
             raise ValueError("it is no tf.train.Example")
         if tag >> 3 == number:

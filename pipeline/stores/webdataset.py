@@ -58,7 +58,7 @@ class TarStore(RecordStore):
     """Images in tar files."""
 
     def name(self, sample: int) -> str:
-        """The file, and the member's name as its header has it: cut where it is longer than that."""
+        """The file, and the member's name as far as it stands in its header: a long one is cut."""
         row = self.index[[sample]][0]
         row["offset"], row["bytes"] = row["offset"] - _BLOCK, _BLOCK
         return f"{self.files[row['file']]}: {os.fsdecode(_name(self._read(row)))}"
@@ -85,12 +85,12 @@ def scan(file: Path) -> Scan:
             tar.seek(offset)
             return tar.read(min(size, _TEXT_BYTES))
 
-        for key, group in groupby(_members(file, read), itemgetter(0)):
+        for _, group in groupby(_members(file, read), itemgetter(0)):
             members = list(group)
-            lines.append(" ".join(f"{_listed(ext)} {at} {size} {_listed(name)}" for _, ext, at, size, name in members))
-            parts = {ext.lower(): (at, size) for _, ext, at, size, _ in members}
-            if image := next((extension for extension in _IMAGES if extension in parts), None):
-                found.append(Found(f"{key}.{image}", *parts[image], _label(read, parts)))
+            lines.append(" ".join(f"{_listed(ext)} {m.offset} {m.bytes} {_listed(m.name)}" for _, ext, m in members))
+            parts = {extension.lower(): member for _, extension, member in members}
+            if image := next((parts[extension] for extension in _IMAGES if extension in parts), None):
+                found.append(image._replace(label=_label(read, parts)))
     rejects = {} if found else {"its members": f"none ends in .{', .'.join(_IMAGES)}"}
     return Scan(found, "\n".join([f"v1.2 {len(lines)}", *lines, ""]), rejects)
 
@@ -100,22 +100,22 @@ def _listed(name: str) -> str:
     return _UNLISTED.sub(lambda odd: "".join(f"\\{byte:03o}" for byte in os.fsencode(odd[0])), name)
 
 
-def _label(read: _Read, parts: dict[str, tuple[int, int]]) -> int | str | None:
+def _label(read: _Read, parts: dict[str, Found]) -> int | str | None:
     """The number or name in `.cls`, or what `.json` calls "label" or "cls"."""
+    part = parts.get("cls") or parts.get("json")
+    text = read(part.offset, part.bytes).strip() if part else b"{}"
     if "cls" in parts:
-        text = read(*parts["cls"]).strip()
-        is_number = text.removeprefix(b"-").isdigit() and len(text) < 20
-        return int(text) if is_number else os.fsdecode(text) or None
+        return int(text[:20]) if text.removeprefix(b"-").isdigit() else os.fsdecode(text) or None
     try:
-        said = json.loads(read(*parts["json"]) if "json" in parts else b"{}")
+        said = json.loads(text)
         label = said.get("label", said.get("cls"))
     except (ValueError, AttributeError, RecursionError):  # whatever else people keep in there
         return None
     return label if type(label) in (int, str) and label != "" else None
 
 
-def _members(file: Path, read: _Read) -> Iterator[tuple[str, str, int, int, str]]:
-    """Key, extension, offset, bytes and name of what belongs to samples, by the headers alone: ustar, GNU's and pax.
+def _members(file: Path, read: _Read) -> Iterator[tuple[str, str, Found]]:
+    """What belongs to samples, with its key and extension, by the headers alone: ustar, GNU's and pax.
 
     ValueError where a header is damaged, or a member or the mark of the end is missing.
     """
@@ -134,21 +134,19 @@ def _members(file: Path, read: _Read) -> Iterator[tuple[str, str, int, int, str]
         while more:  # a sparse file has more of its map behind its header
             more, offset = read(offset, _BLOCK).ljust(_BLOCK, b"\0")[504], offset + _BLOCK
         if not 0 <= size <= end - offset:
-            raise ValueError(
-                f"{file}: the member at byte {at} has {size} bytes, but the file ends at {end}: get it again"
-            )
+            raise ValueError(f"{file}: the member at byte {at} has {size} bytes, but the file ends at {end}")
         at = offset + size + -size % _BLOCK
         if kind == b"x":
             pax |= dict(_PAX_RECORD.findall(read(offset, size)))
         elif kind == b"L":
             long_name = _text(read(offset, size))
-        elif kind not in b"gK":
+        else:
             name = os.fsdecode(_text(pax.get(b"path", long_name)) or _name(header))
             dot = name.find(".", name.rfind("/") + 1)  # where there is none, the last letter: as wds2idx has it
             key, extension = name[:dot], name[dot + 1 :]
             is_file = kind in b"0\0" and name[-1:] != "/" and b"GNU.sparse" not in b" ".join(pax)
             if is_file and extension and key and key[-1] != "/":  # hidden files belong to no sample
-                yield key, extension, offset, size, name
+                yield key, extension, Found(name, offset, size, None)
             long_name, pax = b"", {}
     if len(header) < _BLOCK:
         raise ValueError(f"{file} stops at byte {end} without the mark of a tar's end: it was cut off, get it again")
