@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..images import PPM, BadImage
 from ..order import Samples
 from . import Progress
-from .records import ROW, Found, RecordStore, Scan, check_classes, described, index_path, load_index
+from .records import MOST_CLASSES, ROW, Found, RecordStore, Scan, check_classes, described, index_path, load_index
 
 SUFFIX, SHARDED = ".beton", False
 
@@ -33,7 +33,6 @@ _ALLOCATION = np.dtype([("sample", "<u8"), ("address", "<u8"), ("size", "<u8")])
 
 _PAGE = 8 << 20  # bytes, a power of two, as FFCV's writer has it
 _SIDE = 65_535  # pixels
-_CLASSES = 1 << 20  # a name is made for each: a damaged label must not fill the memory
 
 
 def begin(samples: int) -> bytes:
@@ -148,7 +147,7 @@ def _read(path: Path) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         bad = int(np.flatnonzero(~good)[0])
         raise ValueError(f"{path}: the image of sample {bad} cannot lie where the tables say: {remedy}")
     labels = entries[f"f{kinds.index(_INT)}"] if _INT in kinds else np.full(count, -1)
-    if labels.min() < -1 or labels.max() >= max(count, _CLASSES):
+    if labels.min() < -1 or labels.max() >= max(count, MOST_CLASSES):
         wrong = int(labels.min() if labels.min() < -1 else labels.max())
         raise ValueError(f"{path} has the label {wrong}: write it with the numbers of classes, or -1 for none")
     rows = np.zeros(count, ROW)

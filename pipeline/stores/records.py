@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ ROW = np.dtype(
 )
 _FILES_OPEN = 128  # at a time and store: many systems allow a process 1024
 _HEADER_BYTES = 16_384  # enough for the size of most images
+MOST_CLASSES = 1 << 20  # a name is made for each: a damaged label must not fill the memory
 _PROBES = 512  # images handed to the threads at a time
 _AHEAD_BYTES = 1 << 17  # Linux cuts what it is asked to fetch, without a word, to what it reads ahead: 128 KiB at least
 
@@ -288,6 +290,11 @@ def _image_sizes(file: Path, found: Sequence[Found], pool: ThreadPoolExecutor) -
     opened = _OpenFile(file)
 
     def size(image: Found) -> tuple[int, int] | str:
+        label = image.label or 0
+        if not (label.isprintable() if isinstance(label, str) else 0 <= label < MOST_CLASSES):
+            return f"its label is {label!a:.60}"
+        if image.bytes > np.iinfo(ROW["bytes"]).max:
+            return f"it has {image.bytes:,} bytes"
         head = os.pread(opened.fd, min(image.bytes, _HEADER_BYTES), image.offset)
         try:
             try:
@@ -301,9 +308,14 @@ def _image_sizes(file: Path, found: Sequence[Found], pool: ThreadPoolExecutor) -
         yield from pool.map(size, found[first : first + _PROBES])
 
 
+def naturally(file: Path) -> list[Any]:
+    """Sorts names as people do, 9 before 10."""
+    return [int(part) if odd % 2 else part for odd, part in enumerate(re.split("([0-9]+)", file.name))]
+
+
 def sidecar_path(file: Path) -> Path:
-    """Where DALI's index of a file is kept: `a.tar` -> `a.idx`."""
-    return file.with_suffix(".idx")
+    """Where DALI's index of a file is kept: `a.tar` -> `a.idx`, `a.tfrecord-0-of-2` -> `a.tfrecord-0-of-2.idx`."""
+    return file.with_name(f"{file.name}.idx") if "-of-" in file.suffix else file.with_suffix(".idx")
 
 
 def _settle_sidecar(file: Path, text: str) -> None:
@@ -313,7 +325,7 @@ def _settle_sidecar(file: Path, text: str) -> None:
     if not beside.exists():
         with suppress(OSError):  # read-only: DALI's own reader then has none, ours needs none
             temporary = beside.with_name(f"{beside.name}.{os.getpid()}.tmp")
-            temporary.write_text(text)
+            temporary.write_bytes(text.encode())
             os.replace(temporary, beside)
     elif beside.read_bytes() != text.encode():
         raise ValueError(f"{beside} does not describe {file.name}: delete it, it is made again")
