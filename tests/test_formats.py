@@ -108,3 +108,9 @@ def test_every_loader_makes_the_same_batches(stores: dict[str, Store], format: s
         for one, other in zip(expected.views, ours.views, strict=True):
             apart = (one - other).abs().mean().item()
             assert apart < 0.03 if decoder == "dali" else apart == 0
+
+
+def test_a_forgotten_tar_beside_class_folders_is_no_data_set(tmp_path: Path) -> None:
+    write_photos(tmp_path / "data", 6)
+    (tmp_path / "data" / "class0.tar").write_bytes(bytes(1024))
+    assert len(open_store(tmp_path / "data")) == 6

@@ -140,7 +140,7 @@ def hunt(originals: dict[str, Path], folder: Path, count: int, first: int = 0) -
         outside = {path for path in folder.iterdir() if path != here}
         with within(LONGEST_S):
             try:
-                outcomes[outcome(target, here / "result")] += 1
+                outcomes[outcome(target, here / "result.beton")] += 1
             except BaseException as error:
                 error.add_note(f"seed {seed}: {victim.relative_to(here)} of {name}")
                 raise

@@ -223,7 +223,7 @@ def test_damaged_data_cost_one_record(tmp_path: Path) -> None:
     store = opened(file, tfrecord)
     assert images_of(store) == JPEGS[:3] + JPEGS[4:]
     at = sidecar_path(file).read_text().splitlines()[3].split()[0]
-    assert store.rejects == {f"{file}: record at byte {at}": "damaged: its checksum is wrong"}
+    assert store.rejects == {f"record at byte {at}": "damaged: its checksum is wrong"}
 
 
 def test_records_that_hold_no_image_are_left_out_with_the_reason(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_records_that_hold_no_image_are_left_out_with_the_reason(tmp_path: Path)
         example(image)[:-1]: "no tf.train.Example",
         varint(8 + 3) + example(image): "no tf.train.Example",  # a group
         b"\xff" * 20: "no tf.train.Example",
-        example(image, packed("label", 2**64 - 1)): "label is -1",
+        example(image, packed("label", 2**64 - 2)): "label is -2",
         example(image, packed("label", 2**31)): "label is 2147483648",
         example(image, texts("label", b"\0\1")): "label is ",
     }
@@ -289,3 +289,10 @@ def test_mutations_of_examples_are_refused_or_read_as_bytes(tmp_path: Path) -> N
     assert len(store) + len(store.rejects) == 300
     assert 20 < len(store) < 280
     assert all(images_of(store))
+
+
+def test_two_sets_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00001", "validation-00000-of-00001"):
+        write_records(tmp_path / name, tfrecord, [encoded(picture(20, 20))], [0])
+    with pytest.raises(ValueError, match="holds train and validation: give each its own folder"):
+        opened(tmp_path, tfrecord)

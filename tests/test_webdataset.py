@@ -162,10 +162,10 @@ def test_tars_as_people_have_them(tmp_path: Path, format: int) -> None:
     store = opened(file, webdataset)
     assert images_of(store) == [image for image, _ in expected]
     assert store.index["label"].tolist() == [int(label or b"-1") for _, label in expected]
-    assert list(store.rejects) == [f"{file}: Empty.JPG"]
+    assert list(store.rejects) == ["Empty.JPG"]
     assert [found.name for found in webdataset.scan(file).found] == [*names, "Empty.JPG"]
     plain = [i for i, name in enumerate(names) if len(name) < 100 and name.isascii()]  # others stand elsewhere in a tar
-    assert [store.name(i) for i in plain] == [f"{file}: {names[i]}" for i in plain]
+    assert [store.name(i) for i in plain] == [f"{file.name}: {names[i]}" for i in plain]
     assert sorted(os.listdir(tmp_path)) == ["wild.idx", "wild.tar"]
     samples = int(sidecar_path(file).read_text().split()[1])
     assert [pair for pair in dalis(file, samples) if pair[0]] == expected
@@ -217,7 +217,7 @@ def test_members_beyond_the_eight_gibibytes_that_octals_can_say(tmp_path: Path, 
     store = opened(file, webdataset)
     assert store.index["offset"][0] > 12 << 30
     assert images_of(store) == JPEGS[1:2]
-    assert store.rejects == {f"{file}: 0.jpg": f"it has {3 << 30:,} bytes"}
+    assert store.rejects == {"0.jpg": f"it has {3 << 30:,} bytes"}
 
 
 @pytest.mark.parametrize(
@@ -241,14 +241,14 @@ def test_labels_come_from_cls_or_json(tmp_path: Path, part: str, content: bytes,
     assert labels_of(store) == [None if label is None else str(label)]
 
 
-@pytest.mark.parametrize("content", [b"-1", b"2147483648", b"9" * 19, b"9" * 5000, b"\0\1", b"\x80\xff", b"9999999"])
+@pytest.mark.parametrize("content", [b"-2", b"2147483648", b"9" * 19, b"9" * 5000, b"\0\1", b"\x80\xff", b"9999999"])
 def test_labels_that_cannot_be_cost_the_sample(tmp_path: Path, content: bytes) -> None:
     file = tar(tmp_path / "a.tar", ("0.jpg", JPEGS[0]), ("0.cls", content), ("1.jpg", JPEGS[1]), ("1.cls", b"1"))
     for _ in range(2):  # the second time from the cache
         store = opened(file, webdataset)
         assert images_of(store) == JPEGS[1:2]
-        assert list(store.rejects) == [f"{file}: 0.jpg"]
-        assert "its label is" in store.rejects[f"{file}: 0.jpg"]
+        assert list(store.rejects) == ["0.jpg"]
+        assert "its label is" in store.rejects["0.jpg"]
 
 
 def test_tars_without_an_image_are_refused_and_one_of_several_is_named(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_tars_without_an_image_are_refused_and_one_of_several_is_named(tmp_path:
     with pytest.raises(ValueError, match=r"a\.tar holds no image .*none ends in \.jpg, \.jpeg"):
         opened(file, webdataset)
     tar(tmp_path / "b.tar", ("0.jpg", JPEGS[0]))
-    assert list(opened(tmp_path, webdataset).rejects) == [f"{file}: its members"]
+    assert list(opened(tmp_path, webdataset).rejects) == ["its members"]
 
 
 def test_what_a_folder_holds(tmp_path: Path) -> None:

@@ -399,9 +399,10 @@ def test_a_source_without_a_good_image_leaves_nothing(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"format": "lmdb"}, "choose one of beton, webdataset, tfrecord"),
-        ({"format": "beton", "quality": 0}, "the quality: 0, but it must be at least 1 and at most 100"),
-        ({"format": "beton", "max_side": 0}, "the longer side: 0"),
-        ({"format": "beton", "shards": 0}, "shards: 0"),
+        ({"format": "beton"}, r"y is one file of the format beton: call it y\.beton"),
+        ({"format": "tfrecord", "quality": 0}, "the quality: 0, but it must be at least 1 and at most 100"),
+        ({"format": "tfrecord", "max_side": 0}, "the longer side: 0"),
+        ({"format": "tfrecord", "shards": 0}, "shards: 0"),
     ],
 )
 def test_impossible_wishes_are_refused_before_anything_is_written(

@@ -197,7 +197,7 @@ def load_index(path: Path, files: Sequence[Path]) -> NDArray[Any] | None:
         return None
     remedy = f"; restore what is missing, or delete {beside} to use what is there"
     try:
-        with np.load(beside, allow_pickle=False) as saved:
+        with open(beside, "rb") as file, np.load(file, allow_pickle=False) as saved:
             rows, names, sizes = saved["rows"], split_names(saved["files"]), saved["sizes"]
     except Exception as error:
         raise ValueError(f"{beside} is damaged ({error}): delete it, it is made again") from error
@@ -236,7 +236,7 @@ def index_files(
     """
     cache = cache_folder() / f"records-{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]}.npz"
     stamps = np.array([(stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files)], dtype=np.int64)
-    with suppress(Exception), np.load(cache, allow_pickle=False) as saved:  # it is only a shortcut
+    with suppress(Exception), open(cache, "rb") as shortcut, np.load(shortcut, allow_pickle=False) as saved:
         names = split_names(saved["files"])
         if names == [f.name for f in files] and np.array_equal(saved["stamps"], stamps) and saved["rows"].dtype == ROW:
             rejected = dict(zip(split_names(saved["rejects"]), split_names(saved["reasons"]), strict=True))
@@ -248,11 +248,12 @@ def index_files(
         for number, file in enumerate(files):
             scanned = scan(file)
             _settle_sidecar(file, scanned.sidecar)
-            rejects |= {f"{file}: {name}": reason for name, reason in scanned.rejects.items()}
+            where = "" if file == path else f"{file.name}: "
+            rejects |= {where + name: reason for name, reason in scanned.rejects.items()}
             rows, good = np.zeros(len(scanned.found), dtype=ROW), np.ones(len(scanned.found), dtype=bool)
             for i, (found, size) in enumerate(zip(scanned.found, _image_sizes(file, scanned.found, pool), strict=True)):
                 if isinstance(size, str):
-                    rejects[f"{file}: {found.name}"] = size
+                    rejects[where + found.name] = size
                     good[i] = False
                 else:
                     rows[i] = (-1, *size, number, found.offset, found.bytes, 0)
@@ -291,7 +292,7 @@ def _image_sizes(file: Path, found: Sequence[Found], pool: ThreadPoolExecutor) -
 
     def size(image: Found) -> tuple[int, int] | str:
         label = image.label or 0
-        if not (label.isprintable() if isinstance(label, str) else 0 <= label < MOST_CLASSES):
+        if not (label.isprintable() if isinstance(label, str) else -1 <= label < MOST_CLASSES):
             return f"its label is {label!a:.60}"
         if image.bytes > np.iinfo(ROW["bytes"]).max:
             return f"it has {image.bytes:,} bytes"

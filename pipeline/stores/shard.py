@@ -27,7 +27,7 @@ from .formats import FORMATS
 from .records import ROW, sidecar_path
 from .sources import Source
 
-_JOURNAL = np.dtype([*ROW.descr, ("end", "<i8"), ("source", "<i8"), ("done", "S24")])  # `end` of the record in the file
+_JOURNAL = np.dtype([*ROW.descr, ("end", "<i8"), ("source", "<i8"), ("done", "S32")])  # `end` of the record in the file
 REJECTED = b"rejected"  # what was done to an image that is not there
 _TOGETHER = 1 << 20  # bytes of images that a thread takes at a time: each hand-over costs as much as a small image
 

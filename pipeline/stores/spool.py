@@ -106,7 +106,11 @@ def spool(
 ) -> Source:
     """`items`, copied unless they have been. Whatever makes them may fill `classes` before it gives the first."""
     file, index = scratch / "spool", scratch / "spool.npz"
-    with suppress(Exception), np.load(index, allow_pickle=False) as saved:  # damaged, it is made again
+    with (
+        suppress(Exception),
+        open(index, "rb") as told,
+        np.load(told, allow_pickle=False) as saved,
+    ):  # damaged, it is made again
         about, known, rejected, why = (split_names(saved[key]) for key in ("about", "classes", "rejects", "reasons"))
         if identity and about[0] == identity and saved["sizes"].tolist() == [file.stat().st_size]:
             rejects = dict(zip(rejected, why, strict=True))

@@ -72,13 +72,17 @@ def open(path: Path, progress: Progress) -> RecordStore:
 
 
 def files(path: Path) -> list[Path]:
-    """ValueError where one of a set is missing: with `-00003-of-00010` belong nine others."""
+    """ValueError where one of a set is missing: with `-00003-of-00010` belong nine others; or where there are two."""
     if not path.is_dir():
         return [path] if path.is_file() and _NAME.fullmatch(path.name) else []
-    found = [file for file in path.iterdir() if _NAME.fullmatch(file.name) and file.is_file()]
+    found = [path / name for name in os.listdir(path) if _NAME.fullmatch(name) and (path / name).is_file()]
     sets: dict[tuple[str, str, str], set[int]] = {}
     for shard in filter(None, (_SHARD.fullmatch(file.name) for file in found)):
         sets.setdefault((shard["before"], shard["count"], shard["after"]), set()).add(int(shard["number"]))
+    if len(sets) > 1:
+        raise ValueError(
+            f"{path} holds {' and '.join(sorted(before for before, *_ in sets))}: give each its own folder"
+        )
     for (before, count, after), numbers in sets.items():
         missing = next((number for number in range(int(count)) if number not in numbers), None)
         if missing is not None:

@@ -70,10 +70,11 @@ def open(path: Path, progress: Progress) -> TarStore:
 
 
 def files(path: Path) -> list[Path]:
-    visible = [p for p in path.iterdir() if not p.name.startswith(".")] if path.is_dir() else [path]
-    if visible and all(p.name.endswith((".tar.gz", ".tgz")) for p in visible):
-        raise ValueError(f"{visible[0]} is compressed, so nothing in it can be read at random: unpack it with gunzip")
-    return sorted((p for p in visible if p.suffix == SUFFIX and p.is_file()), key=naturally)
+    names = [name for name in os.listdir(path) if not name.startswith(".")] if path.is_dir() else [path.name]
+    if names and all(name.endswith((".tar.gz", ".tgz")) for name in names):
+        raise ValueError(f"{names[0]} is compressed, so nothing in it can be read at random: unpack it with gunzip")
+    folder = path if path.is_dir() else path.parent
+    return sorted((folder / n for n in names if n.endswith(SUFFIX) and (folder / n).is_file()), key=naturally)
 
 
 def scan(file: Path) -> Scan:

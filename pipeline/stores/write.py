@@ -77,6 +77,10 @@ def write_store(
     format = format or next((name for name, f in FORMATS.items() if target.suffix == f.SUFFIX), "")
     if format not in FORMATS:
         raise ValueError(f"{target.name} does not say which format it is to have: choose one of {', '.join(FORMATS)}")
+    if not FORMATS[format].SHARDED and target.suffix != FORMATS[format].SUFFIX:
+        raise ValueError(
+            f"{target.name} is one file of the format {format}: call it {target.name}{FORMATS[format].SUFFIX}"
+        )
     for what, value, least, most in (
         ("shards", shards, 1, 99_999),
         ("images of a shard", shard_size, 1, None),
