@@ -163,5 +163,6 @@ def ffcv_write(paths: list[str], target: str, side: int | None) -> None:
         raise ValueError(f"FFCV, to compare with, cannot be imported ({error}): uv sync --extra ffcv") from None
     image = RGBImageField(write_mode="jpg", jpeg_quality=QUALITY, **({} if side is None else {"max_resolution": side}))
     fields = {"image": image, "label": IntField()}
+    multiprocessing.set_start_method("fork", force=True)  # as FFCV has it; here it would start each worker afresh
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # it draws a progress bar
     DatasetWriter(target, fields, num_workers=pipeline.usable_cores()).from_indexed_dataset(_Images(paths))

@@ -80,9 +80,10 @@ def as_jpeg(data: bytes, max_side: int | None, short_side: int | None, quality: 
             done = "repaired"
     pixels = decode(data, height, width)
     if size != (height, width):
-        pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
-    buffer, packed = io.BytesIO(), np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # [H, W, 3]
-    Image.fromarray(packed).save(buffer, "JPEG", quality=quality or QUALITY, subsampling=subsampling)
+        packed = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # [1, 3, H, W], whose strides say: channels last
+        pixels = F.interpolate(packed, size, mode="bicubic", antialias=True)[0]
+    buffer, rows = io.BytesIO(), np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # [H, W, 3]
+    Image.fromarray(rows).save(buffer, "JPEG", quality=quality or QUALITY, subsampling=subsampling)
     return Jpeg(buffer.getvalue(), *size, done)
 
 

@@ -165,7 +165,7 @@ def test_tars_as_people_have_them(tmp_path: Path, format: int) -> None:
     assert list(store.rejects) == ["Empty.JPG"]
     assert [found.name for found in webdataset.scan(file).found] == [*names, "Empty.JPG"]
     plain = [i for i, name in enumerate(names) if len(name) < 100 and name.isascii()]  # others stand elsewhere in a tar
-    assert [store.name(i) for i in plain] == [f"{file.name}: {names[i]}" for i in plain]
+    assert [store.name(i) for i in plain] == [f"{file}: {names[i]}" for i in plain]
     assert sorted(os.listdir(tmp_path)) == ["wild.idx", "wild.tar"]
     samples = int(sidecar_path(file).read_text().split()[1])
     assert [pair for pair in dalis(file, samples) if pair[0]] == expected
@@ -256,7 +256,7 @@ def test_tars_without_an_image_are_refused_and_one_of_several_is_named(tmp_path:
     with pytest.raises(ValueError, match=r"a\.tar holds no image .*none ends in \.jpg, \.jpeg"):
         opened(file, webdataset)
     tar(tmp_path / "b.tar", ("0.jpg", JPEGS[0]))
-    assert list(opened(tmp_path, webdataset).rejects) == ["its members"]
+    assert list(opened(tmp_path, webdataset).rejects) == [f"{file.name}: its members"]
 
 
 def test_what_a_folder_holds(tmp_path: Path) -> None:

@@ -123,9 +123,8 @@ def walk_images(root: Path, unreadable: dict[str, str]) -> Iterator[str]:
             continue
         entered.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield os.path.relpath(os.path.join(folder, name), root)
+        below = "" if folder == str(root) else os.path.relpath(folder, root) + os.sep
+        yield from (below + name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith("."))
 
 
 def class_folders(paths: list[str]) -> list[str]:
