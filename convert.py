@@ -56,7 +56,7 @@ class Convert:
     short_side: int | None = None
     """Pixels: images whose shorter side is longer are shrunk to it, and encoded again."""
     quality: int | None = None
-    """Of what is encoded again, 1 to 100; also encodes again JPEGs of higher quality. Without it 95."""
+    """Of what is encoded again, 1 to 100; also encodes again JPEGs of higher quality. Without it 96."""
     seed: int = 0
     """Of the shuffle."""
     validate: bool = True

@@ -24,7 +24,7 @@ MAX_PIXELS = 89_478_485  # Pillow's own bound, 268 MB decoded. Larger is refused
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")  # the last for the pixels that FFCV keeps in a beton
 PPM = b"P6\n%d %d\n255\n"  # width and height of the raw RGB pixels that follow
-QUALITY = 95  # of JPEGs made of other formats, unless asked otherwise
+QUALITY = 96  # of what is encoded, unless asked otherwise: from 96 on libjpeg-turbo takes its accurate DCT
 UNTOUCHED = "passed through"
 
 Encoded = bytes | memoryview
@@ -59,7 +59,7 @@ class Jpeg(NamedTuple):
 def as_jpeg(data: bytes, max_side: int | None, short_side: int | None, quality: int | None, validate: bool) -> Jpeg:
     """An encoded image as a JPEG that is plain YCbCr, RGB or grey, its sides at most those, in pixels.
 
-    One that is so already is passed through; `quality` also encodes again what was encoded with more than that (95 is
+    One that is so already is passed through; `quality` also encodes again what was encoded with more than that (96 is
     the quality of the others where it is None). Others are decoded by the rules above, resized (bicubic, antialiased),
     and encoded with the chroma of their JPEG, or all of it. `validate` decodes what is passed through as well: raises
     `BadImage` where `decode` would, and encodes again what only Pillow can read.
@@ -68,7 +68,7 @@ def as_jpeg(data: bytes, max_side: int | None, short_side: int | None, quality: 
     longer, shorter = max(height, width), min(height, width)
     shrink = min(1, (max_side or longer) / longer, (short_side or shorter) / shorter)
     size = max(1, round(height * shrink)), max(1, round(width * shrink))
-    done, subsampling = _plain(data, height, width) if data[:2] == b"\xff\xd8" else ("from other formats", "4:4:4")
+    done, subsampling = _plain(data, height, width) if data[:2] == b"\xff\xd8" else ("from other formats", "444")
     if done == UNTOUCHED:
         if size != (height, width):
             done = "resized"
@@ -82,9 +82,10 @@ def as_jpeg(data: bytes, max_side: int | None, short_side: int | None, quality: 
     if size != (height, width):
         packed = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # [1, 3, H, W], whose strides say: channels last
         pixels = F.interpolate(packed, size, mode="bicubic", antialias=True)[0]
-    buffer, rows = io.BytesIO(), np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # [H, W, 3]
-    Image.fromarray(rows).save(buffer, "JPEG", quality=quality or QUALITY, subsampling=subsampling)
-    return Jpeg(buffer.getvalue(), *size, done)
+    rows = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # [H, W, 3]
+    return Jpeg(
+        simplejpeg.encode_jpeg(rows, quality or QUALITY, "RGB", subsampling), *size, done
+    )  # Pillow keeps the GIL
 
 
 def check(data: bytes, height: int, width: int) -> None:
@@ -110,12 +111,12 @@ def _plain(data: bytes, height: int, width: int) -> tuple[str, str]:
     try:
         *size, colours, subsampling = simplejpeg.decode_jpeg_header(data)
     except (ValueError, KeyError):  # 4:4:1
-        return "repaired", "4:4:4"
+        return "repaired", "444"
     if tuple(size) != (height, width):
-        return "repaired", "4:4:4"
+        return "repaired", "444"
     if colours not in ("YCbCr", "RGB", "Gray"):
-        return "from CMYK", "4:4:4"
-    return UNTOUCHED, ":".join(subsampling) if subsampling in ("422", "420") else "4:4:4"
+        return "from CMYK", "444"
+    return UNTOUCHED, subsampling if subsampling in ("422", "420") else "444"
 
 
 def _jpeg_quality(data: bytes) -> int:
