@@ -118,6 +118,19 @@ def test_sides_are_bounded_and_the_rest_is_untouched(
     assert apart(jpeg.data, by_pillow(data).resize((jpeg.width, jpeg.height), Image.Resampling.BICUBIC)) < 1.6
 
 
+def test_what_is_too_wide_for_a_jpeg_is_left_out_or_shrunk(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for side in (65_500, 65_501, 65_536):
+        (tmp_path / "source" / f"{side}.png").write_bytes(encoded(picture(side, 2), "PNG"))
+    for format in FORMATS:
+        assert convert(tmp_path / "source", tmp_path, format).rejects == 2
+        rejects = (tmp_path / f"{TARGETS[format]}.rejects.jsonl").read_text()
+        assert "65501 x 2 pixels: a JPEG has at most 65,500 on a side; try --max-side" in rejects
+        assert verify_store(tmp_path / TARGETS[format], tmp_path / "source") == []
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+    assert write_store(tmp_path / "source", tmp_path / "y.beton", max_side=65_500).rejects == 0
+
+
 def test_quality_only_touches_what_has_more() -> None:
     for quality in (30, 75, 90, 91, 95, 100):
         data = encoded(picture(60, 50), quality=quality)

@@ -110,17 +110,14 @@ def write_file(
             reasons: list[bytes] = []
             for number, image, checksum in chunk:
                 name, label = source.name(number), int(source.labels[number])
-                try:
-                    if isinstance(image, str):
-                        raise BadImage(image)
-                    key, size = first + position + len(rows), (image.height, image.width)
-                    before, after = format.frame(end, key, name, label, *size, image.data, checksum)
-                except BadImage as error:
+                if isinstance(image, str):
                     if strict:
-                        raise ValueError(f"{name}: {error}") from error
-                    reasons.append(json_line({"source": number, "name": name, "reason": str(error)}))
+                        raise ValueError(f"{name}: {image}")
+                    reasons.append(json_line({"source": number, "name": name, "reason": image}))
                     rows.append((-1, 0, 0, shard, 0, 0, 0, end, number, REJECTED))
                     continue
+                key, size = first + position + len(rows), (image.height, image.width)
+                before, after = format.frame(end, key, name, label, *size, image.data, checksum)
                 data += (before, image.data, after)
                 at, end = end + len(before), end + len(before) + len(image.data) + len(after)
                 rows.append((label, *size, shard, at, len(image.data), checksum, end, number, image.done.encode()))
