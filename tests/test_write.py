@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -13,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from conftest import encoded, picture, write_photos
 from PIL import Image, JpegImagePlugin
+from pyarrow import parquet
 from test_images import BAD, by_pillow
 from test_images import FORMATS as IMAGES
 
 from pipeline import FORMATS, Report, Written, open_store, verify_store, write_store
 from pipeline.images import BadImage, as_jpeg, check, decode
-from pipeline.stores import shard
+from pipeline.stores import shard, write
 from pipeline.stores.records import described
 
 TARGETS = {"beton": "x.beton", "webdataset": "x", "tfrecord": "x"}
@@ -363,7 +366,7 @@ def test_the_same_again_is_nothing_to_do_and_another_is_refused(photos: Path, tm
             convert(photos, tmp_path, "beton", **options)
     assert everything(tmp_path) == before
     (tmp_path / "y.beton").write_bytes(b"mine")
-    with pytest.raises(ValueError, match="not by this program"):
+    with pytest.raises(ValueError, match="not made by this program"):
         write_store(photos, tmp_path / "y.beton")
     assert (tmp_path / "y.beton").read_bytes() == b"mine"
 
@@ -426,6 +429,107 @@ def test_impossible_wishes_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_beside_a_target_and_not_ours_stays(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"annotations": []}')
+    with pytest.raises(ValueError, match=r"x\.json is there already, not made by this program: move it"):
+        convert(photos, tmp_path, "webdataset")
+    assert everything(tmp_path) == {"x.json": b'{"annotations": []}'}
+
+
+def test_nobody_is_told_to_delete_the_source(photos: Path, tmp_path: Path) -> None:
+    convert(photos, tmp_path, "beton")
+    (tmp_path / "link").symlink_to(photos)
+    for source, target in ((tmp_path / "x.beton",) * 2, (photos, tmp_path / "link")):
+        with pytest.raises(ValueError, match="is the source: name another target"):
+            write_store(source, target, format="beton" if target.suffix else "webdataset")
+
+
+def test_other_images_of_the_same_names_and_sizes_are_not_there_already(photos: Path, tmp_path: Path) -> None:
+    convert(photos, tmp_path, "beton")
+    shutil.copytree(photos, tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"made otherwise \(source .* instead of .*copy\)"):
+        convert(tmp_path / "copy", tmp_path, "beton")
+    bitmaps = [(encoded(picture(20, 20, seed=i), "BMP"), None) for i in range(6)]
+    assert convert(bitmaps, tmp_path, "tfrecord").new
+    assert not convert(bitmaps, tmp_path, "tfrecord").new
+    with pytest.raises(ValueError, match=r"made otherwise \(identity"):
+        convert(bitmaps[::-1], tmp_path, "tfrecord")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_strict_is_about_what_holds_no_image_too(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="image 1: it is empty"):
+        convert([(encoded(picture(20, 20)), 0), (b"", 1)], tmp_path, "beton", strict=True)
+
+
+def test_more_than_an_index_can_tell_of_is_left_out(tmp_path: Path) -> None:
+    source = write_photos(tmp_path / "source", 3)
+    os.truncate(source / "class1" / "0001.jpg", 1 << 31)
+    assert convert(source, tmp_path, "beton").rejects == 1
+    assert "2,147,483,648 bytes" in (tmp_path / "x.beton.rejects.jsonl").read_text()
+
+
+def test_whoever_waited_for_a_lock_that_is_gone_has_none(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening and locking it, the other conversion was done, and a third began."""
+    real, partial = fcntl.flock, tmp_path / "x.beton.partial"
+
+    def flock(*arguments: Any) -> None:
+        shutil.rmtree(partial)
+        partial.mkdir()
+        (partial / "lock").touch()
+        real(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ValueError, match="another conversion is writing"):
+        convert(photos, tmp_path, "beton")
+    assert (partial / "lock").exists()
+
+
+def test_a_kill_leaves_nothing_beside_the_target(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def replace(old: Path, new: Path) -> None:
+        if "index.npz" in Path(old).name:
+            raise Killed
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(Killed):
+        convert(photos, tmp_path, "beton")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.beton.partial"]
+
+
+def test_a_worker_that_lives_on_sees_that_the_source_has_changed(tmp_path: Path) -> None:
+    source = write_photos(tmp_path / "source", 6)
+    with ThreadPoolExecutor(1) as executor:
+        for images in (6, 7):
+            assert convert(source, tmp_path, "webdataset", executor=executor).images == images
+            (source / "class0" / "new.jpg").write_bytes(encoded(picture(20, 20)))
+            shutil.rmtree(tmp_path / "x")
+
+
+def test_workers_use_the_spool_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = pyarrow.table({"image": [encoded(picture(20 + i, 20)) for i in range(8)]})
+    for name in "ab":
+        parquet.write_table(table, f"{name}.parquet")
+    real, made = write.open_source, set()
+
+    def opened(spec: str, progress: Any, scratch: Path) -> Any:
+        source = real(spec, progress, scratch)
+        made.add((scratch / "spool").stat().st_mtime_ns)
+        return source
+
+    monkeypatch.setattr(write, "open_source", opened)
+    with ThreadPoolExecutor(1) as executor:
+        assert convert("*.parquet", tmp_path, "webdataset", executor=executor).images == 16
+    assert len(made) == 1
+
+
 # ── verify ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -466,6 +570,22 @@ def test_verify_against_the_source_finds_what_changed_there(tmp_path: Path) -> N
     (tmp_path / "x.json").unlink()
     with pytest.raises(ValueError, match=r"no x\.json"):
         verify_store(tmp_path / "x", source)
+
+
+def test_verify_finds_a_changed_label_and_another_version(photos: Path, tmp_path: Path) -> None:
+    convert(photos, tmp_path, "webdataset")
+    (file,) = (tmp_path / "x").glob("*.tar")
+    data = bytearray(file.read_bytes())
+    data[data.index(b".cls") // 512 * 512 + 512] ^= 1
+    file.write_bytes(data)
+    assert verify_store(tmp_path / "x") == [f"{file} has other labels than its index"]
+    account = described(tmp_path / "x")
+    account["plan"]["rotation"] = 90
+    (tmp_path / "x.json").write_text(json.dumps(account))
+    with pytest.raises(ValueError, match=r"x\.json is of another version of convert\.py.*rotation"):
+        verify_store(tmp_path / "x", photos)
+    with pytest.raises(ValueError, match="rotation 90 instead of None"):
+        convert(photos, tmp_path, "webdataset")
 
 
 def test_a_missing_and_an_exchanged_shard_are_named(photos: Path, tmp_path: Path) -> None:
