@@ -330,6 +330,70 @@ def test_what_the_disk_lost_of_a_killed_conversion_is_written_again(
     assert everything(tmp_path / "torn") == everything(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("part", ["before", "after", "rejects"])
+def test_what_the_disk_lost_around_an_image_is_written_again(
+    tmp_path: Path, format: str, part: str, killer: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_photos(tmp_path / "source", 40)
+    for i in range(30):
+        (source / "class0" / f"bad{i}.jpg").write_bytes(b"no image")
+    monkeypatch.setattr(shard, "_TOGETHER", 8000)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "torn").mkdir()
+    convert(source, tmp_path / "whole", format)
+    killer(25)
+    with pytest.raises(Killed):
+        convert(source, tmp_path / "torn", format)
+    killer(-1)
+    (growing,) = (tmp_path / "torn").rglob("*.growing")
+    row = [row for row in shard.read_journal(growing.with_suffix(".rows")) if row["bytes"]][3]
+    start, image_end = row["offset"] - (20 if format == "tfrecord" else 300), int(row["offset"] + row["bytes"])
+    if part == "rejects":
+        (lines,) = (tmp_path / "torn").rglob("*.rejects.jsonl")
+        assert lines.read_bytes().count(b"\n") > 3
+        lines.write_bytes(lines.read_bytes().splitlines(keepends=True)[0])
+    else:
+        lost = slice(image_end, int(row["end"])) if part == "after" else slice(start, row["offset"])
+        data = bytearray(growing.read_bytes())
+        data[lost] = bytes(len(data[lost]))
+        growing.write_bytes(data)
+    convert(source, tmp_path / "torn", format)
+    assert everything(tmp_path / "torn") == everything(tmp_path / "whole")
+
+
+def test_a_shard_that_a_worker_still_writes_is_left_to_it(
+    photos: Path, tmp_path: Path, killer: Callable[[int], None]
+) -> None:
+    killer(2)
+    with pytest.raises(Killed):
+        convert(photos, tmp_path, "webdataset")
+    killer(-1)
+    (growing,) = tmp_path.rglob("*.growing")
+    with open(growing, "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"shard-00000\.tar is being written"):
+            convert(photos, tmp_path, "webdataset")
+    assert convert(photos, tmp_path, "webdataset").images == 60
+
+
+def test_large_images_do_not_fill_the_memory_before_their_size_is_known(tmp_path: Path) -> None:
+    """On 16 cores, 33 chunks are under way."""
+
+    class Counting:
+        read_bytes = 0
+
+        def read(self, number: int) -> bytes:
+            self.read_bytes += 20 << 20
+            return encoded(picture(20, 20)) + bytes(20 << 20)
+
+    plan = shard.Plan("", "", 1000, "beton", 1, 0, None, None, None, False)
+    source: Any = Counting()
+    with ThreadPoolExecutor(2) as pool:
+        next(shard._prepared(plan, source, plan.order(), pool, 33))
+    assert source.read_bytes <= 34 * 20 << 20
+
+
 # ── what can go wrong ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -487,9 +551,7 @@ def test_whoever_waited_for_a_lock_that_is_gone_has_none(
     assert (partial / "lock").exists()
 
 
-def test_a_kill_leaves_nothing_beside_the_target(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_leaves_nothing_beside_the_target(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.replace
 
     def replace(old: Path, new: Path) -> None:
@@ -517,7 +579,7 @@ def test_workers_use_the_spool_that_is_there(tmp_path: Path, monkeypatch: pytest
     table = pyarrow.table({"image": [encoded(picture(20 + i, 20)) for i in range(8)]})
     for name in "ab":
         parquet.write_table(table, f"{name}.parquet")
-    real, made = write.open_source, set()
+    real, made = write.open_source, set()  # type: ignore[attr-defined]
 
     def opened(spec: str, progress: Any, scratch: Path) -> Any:
         source = real(spec, progress, scratch)

@@ -32,7 +32,7 @@ class Source(Protocol):
     classes: list[str]  # [] where the images carry no labels
     labels: NDArray[np.int32]  # [n], -1 where there is none
     rejects: dict[str, str]  # what was left out when it was opened, and why
-    identity: str  # a digest of names, labels and whatever more is known unread: it tells whether the source has changed
+    identity: str  # a digest of names, labels and what more is known unread: it tells whether the source has changed
 
     def __len__(self) -> int: ...
 

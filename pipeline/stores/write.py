@@ -102,7 +102,10 @@ def write_store(
         if path.exists() and not isinstance(told, dict):
             raise ValueError(f"{path} is there already, not made by this program: move it, or name another target")
     with _claimed(partial):
-        opened = open_source(spelled, listing, partial / "spool") if spelled else spooled(source, [], partial / "spool")
+        if isinstance(source, (str, Path)):
+            opened = open_source(spelled, listing, partial / "spool")
+        else:
+            opened = spooled(source, [], partial / "spool")
         plan = Plan(
             source=spelled,
             identity=opened.identity,
