@@ -26,6 +26,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")  # the last for the pixels that
 PPM = b"P6\n%d %d\n255\n"  # width and height of the raw RGB pixels that follow
 QUALITY = 96  # of what is encoded, unless asked otherwise: from 96 on libjpeg-turbo takes its accurate DCT
 UNTOUCHED = "passed through"
+_MOST_SIDE = 65_500  # pixels, of a JPEG: libjpeg neither writes nor reads more
 
 Encoded = bytes | memoryview
 
@@ -62,7 +63,7 @@ def as_jpeg(data: bytes, max_side: int | None, short_side: int | None, quality: 
     One that is so already is passed through; `quality` also encodes again what was encoded with more than that (96 is
     the quality of the others where it is None). Others are decoded by the rules above, resized (bicubic, antialiased),
     and encoded with the chroma of their JPEG, or all of it. `validate` decodes what is passed through as well: raises
-    `BadImage` where `decode` would, and encodes again what only Pillow can read.
+    `BadImage` where `decode` would, and encodes again what only Pillow can read. `BadImage` for what no JPEG can hold.
     """
     height, width = image_size(data)
     longer, shorter = max(height, width), min(height, width)
@@ -78,6 +79,8 @@ def as_jpeg(data: bytes, max_side: int | None, short_side: int | None, quality: 
             return Jpeg(data, height, width)
         else:
             done = "repaired"
+    if max(size) > _MOST_SIDE:
+        raise BadImage(f"{size[1]} x {size[0]} pixels: a JPEG has at most {_MOST_SIDE:,} on a side; try --max-side")
     pixels = decode(data, height, width)
     if size != (height, width):
         packed = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # [1, 3, H, W], whose strides say: channels last

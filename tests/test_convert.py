@@ -111,7 +111,7 @@ def test_wrong_wishes_are_one_line(convert: Train, photos: Path, tmp_path: Path)
     (tmp_path / "data" / "val").mkdir()
     refused(convert(tmp_path / "data", tmp_path / "x.beton"), "train/ and val/", "convert each by itself")
     (tmp_path / "x.beton").write_bytes(b"precious")
-    refused(convert(photos, tmp_path / "x.beton"), "is there already", "delete it, or name another")
+    refused(convert(photos, tmp_path / "x.beton"), "is there already", "move it, or name another")
     assert (tmp_path / "x.beton").read_bytes() == b"precious"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("x.beton.")]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -13,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from conftest import encoded, picture, write_photos
 from PIL import Image, JpegImagePlugin
+from pyarrow import parquet
 from test_images import BAD, by_pillow
 from test_images import FORMATS as IMAGES
 
 from pipeline import FORMATS, Report, Written, open_store, verify_store, write_store
 from pipeline.images import BadImage, as_jpeg, check, decode
-from pipeline.stores import shard
+from pipeline.stores import shard, write
 from pipeline.stores.records import described
 
 TARGETS = {"beton": "x.beton", "webdataset": "x", "tfrecord": "x"}
@@ -116,6 +119,19 @@ def test_sides_are_bounded_and_the_rest_is_untouched(
     assert abs(jpeg.width - width * factor) <= 0.5
     assert abs(jpeg.height - height * factor) <= 0.5
     assert apart(jpeg.data, by_pillow(data).resize((jpeg.width, jpeg.height), Image.Resampling.BICUBIC)) < 1.6
+
+
+def test_what_is_too_wide_for_a_jpeg_is_left_out_or_shrunk(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for side in (65_500, 65_501, 65_536):
+        (tmp_path / "source" / f"{side}.png").write_bytes(encoded(picture(side, 2), "PNG"))
+    for format in FORMATS:
+        assert convert(tmp_path / "source", tmp_path, format).rejects == 2
+        rejects = (tmp_path / f"{TARGETS[format]}.rejects.jsonl").read_text()
+        assert "65501 x 2 pixels: a JPEG has at most 65,500 on a side; try --max-side" in rejects
+        assert verify_store(tmp_path / TARGETS[format], tmp_path / "source") == []
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+    assert write_store(tmp_path / "source", tmp_path / "y.beton", max_side=65_500).rejects == 0
 
 
 def test_quality_only_touches_what_has_more() -> None:
@@ -314,6 +330,70 @@ def test_what_the_disk_lost_of_a_killed_conversion_is_written_again(
     assert everything(tmp_path / "torn") == everything(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("part", ["before", "after", "rejects"])
+def test_what_the_disk_lost_around_an_image_is_written_again(
+    tmp_path: Path, format: str, part: str, killer: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_photos(tmp_path / "source", 40)
+    for i in range(30):
+        (source / "class0" / f"bad{i}.jpg").write_bytes(b"no image")
+    monkeypatch.setattr(shard, "_TOGETHER", 8000)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "torn").mkdir()
+    convert(source, tmp_path / "whole", format)
+    killer(25)
+    with pytest.raises(Killed):
+        convert(source, tmp_path / "torn", format)
+    killer(-1)
+    (growing,) = (tmp_path / "torn").rglob("*.growing")
+    row = [row for row in shard.read_journal(growing.with_suffix(".rows")) if row["bytes"]][3]
+    start, image_end = row["offset"] - (20 if format == "tfrecord" else 300), int(row["offset"] + row["bytes"])
+    if part == "rejects":
+        (lines,) = (tmp_path / "torn").rglob("*.rejects.jsonl")
+        assert lines.read_bytes().count(b"\n") > 3
+        lines.write_bytes(lines.read_bytes().splitlines(keepends=True)[0])
+    else:
+        lost = slice(image_end, int(row["end"])) if part == "after" else slice(start, row["offset"])
+        data = bytearray(growing.read_bytes())
+        data[lost] = bytes(len(data[lost]))
+        growing.write_bytes(data)
+    convert(source, tmp_path / "torn", format)
+    assert everything(tmp_path / "torn") == everything(tmp_path / "whole")
+
+
+def test_a_shard_that_a_worker_still_writes_is_left_to_it(
+    photos: Path, tmp_path: Path, killer: Callable[[int], None]
+) -> None:
+    killer(2)
+    with pytest.raises(Killed):
+        convert(photos, tmp_path, "webdataset")
+    killer(-1)
+    (growing,) = tmp_path.rglob("*.growing")
+    with open(growing, "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"shard-00000\.tar is being written"):
+            convert(photos, tmp_path, "webdataset")
+    assert convert(photos, tmp_path, "webdataset").images == 60
+
+
+def test_large_images_do_not_fill_the_memory_before_their_size_is_known(tmp_path: Path) -> None:
+    """On 16 cores, 33 chunks are under way."""
+
+    class Counting:
+        read_bytes = 0
+
+        def read(self, number: int) -> bytes:
+            self.read_bytes += 20 << 20
+            return encoded(picture(20, 20)) + bytes(20 << 20)
+
+    plan = shard.Plan("", "", 1000, "beton", 1, 0, None, None, None, False)
+    source: Any = Counting()
+    with ThreadPoolExecutor(2) as pool:
+        next(shard._prepared(plan, source, plan.order(), pool, 33))
+    assert source.read_bytes <= 34 * 20 << 20
+
+
 # ── what can go wrong ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -350,7 +430,7 @@ def test_the_same_again_is_nothing_to_do_and_another_is_refused(photos: Path, tm
             convert(photos, tmp_path, "beton", **options)
     assert everything(tmp_path) == before
     (tmp_path / "y.beton").write_bytes(b"mine")
-    with pytest.raises(ValueError, match="not by this program"):
+    with pytest.raises(ValueError, match="not made by this program"):
         write_store(photos, tmp_path / "y.beton")
     assert (tmp_path / "y.beton").read_bytes() == b"mine"
 
@@ -413,6 +493,105 @@ def test_impossible_wishes_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_beside_a_target_and_not_ours_stays(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"annotations": []}')
+    with pytest.raises(ValueError, match=r"x\.json is there already, not made by this program: move it"):
+        convert(photos, tmp_path, "webdataset")
+    assert everything(tmp_path) == {"x.json": b'{"annotations": []}'}
+
+
+def test_nobody_is_told_to_delete_the_source(photos: Path, tmp_path: Path) -> None:
+    convert(photos, tmp_path, "beton")
+    (tmp_path / "link").symlink_to(photos)
+    for source, target in ((tmp_path / "x.beton",) * 2, (photos, tmp_path / "link")):
+        with pytest.raises(ValueError, match="is the source: name another target"):
+            write_store(source, target, format="beton" if target.suffix else "webdataset")
+
+
+def test_other_images_of_the_same_names_and_sizes_are_not_there_already(photos: Path, tmp_path: Path) -> None:
+    convert(photos, tmp_path, "beton")
+    shutil.copytree(photos, tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"made otherwise \(source .* instead of .*copy\)"):
+        convert(tmp_path / "copy", tmp_path, "beton")
+    bitmaps = [(encoded(picture(20, 20, seed=i), "BMP"), None) for i in range(6)]
+    assert convert(bitmaps, tmp_path, "tfrecord").new
+    assert not convert(bitmaps, tmp_path, "tfrecord").new
+    with pytest.raises(ValueError, match=r"made otherwise \(identity"):
+        convert(bitmaps[::-1], tmp_path, "tfrecord")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_strict_is_about_what_holds_no_image_too(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="image 1: it is empty"):
+        convert([(encoded(picture(20, 20)), 0), (b"", 1)], tmp_path, "beton", strict=True)
+
+
+def test_more_than_an_index_can_tell_of_is_left_out(tmp_path: Path) -> None:
+    source = write_photos(tmp_path / "source", 3)
+    os.truncate(source / "class1" / "0001.jpg", 1 << 31)
+    assert convert(source, tmp_path, "beton").rejects == 1
+    assert "2,147,483,648 bytes" in (tmp_path / "x.beton.rejects.jsonl").read_text()
+
+
+def test_whoever_waited_for_a_lock_that_is_gone_has_none(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening and locking it, the other conversion was done, and a third began."""
+    real, partial = fcntl.flock, tmp_path / "x.beton.partial"
+
+    def flock(*arguments: Any) -> None:
+        shutil.rmtree(partial)
+        partial.mkdir()
+        (partial / "lock").touch()
+        real(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ValueError, match="another conversion is writing"):
+        convert(photos, tmp_path, "beton")
+    assert (partial / "lock").exists()
+
+
+def test_a_kill_leaves_nothing_beside_the_target(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.replace
+
+    def replace(old: Path, new: Path) -> None:
+        if "index.npz" in Path(old).name:
+            raise Killed
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(Killed):
+        convert(photos, tmp_path, "beton")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.beton.partial"]
+
+
+def test_a_worker_that_lives_on_sees_that_the_source_has_changed(tmp_path: Path) -> None:
+    source = write_photos(tmp_path / "source", 6)
+    with ThreadPoolExecutor(1) as executor:
+        for images in (6, 7):
+            assert convert(source, tmp_path, "webdataset", executor=executor).images == images
+            (source / "class0" / "new.jpg").write_bytes(encoded(picture(20, 20)))
+            shutil.rmtree(tmp_path / "x")
+
+
+def test_workers_use_the_spool_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = pyarrow.table({"image": [encoded(picture(20 + i, 20)) for i in range(8)]})
+    for name in "ab":
+        parquet.write_table(table, f"{name}.parquet")
+    real, made = write.open_source, set()  # type: ignore[attr-defined]
+
+    def opened(spec: str, progress: Any, scratch: Path) -> Any:
+        source = real(spec, progress, scratch)
+        made.add((scratch / "spool").stat().st_mtime_ns)
+        return source
+
+    monkeypatch.setattr(write, "open_source", opened)
+    with ThreadPoolExecutor(1) as executor:
+        assert convert("*.parquet", tmp_path, "webdataset", executor=executor).images == 16
+    assert len(made) == 1
+
+
 # ── verify ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -453,6 +632,22 @@ def test_verify_against_the_source_finds_what_changed_there(tmp_path: Path) -> N
     (tmp_path / "x.json").unlink()
     with pytest.raises(ValueError, match=r"no x\.json"):
         verify_store(tmp_path / "x", source)
+
+
+def test_verify_finds_a_changed_label_and_another_version(photos: Path, tmp_path: Path) -> None:
+    convert(photos, tmp_path, "webdataset")
+    (file,) = (tmp_path / "x").glob("*.tar")
+    data = bytearray(file.read_bytes())
+    data[data.index(b".cls") // 512 * 512 + 512] ^= 1
+    file.write_bytes(data)
+    assert verify_store(tmp_path / "x") == [f"{file} has other labels than its index"]
+    account = described(tmp_path / "x")
+    account["plan"]["rotation"] = 90
+    (tmp_path / "x.json").write_text(json.dumps(account))
+    with pytest.raises(ValueError, match=r"x\.json is of another version of convert\.py.*rotation"):
+        verify_store(tmp_path / "x", photos)
+    with pytest.raises(ValueError, match="rotation 90 instead of None"):
+        convert(photos, tmp_path, "webdataset")
 
 
 def test_a_missing_and_an_exchanged_shard_are_named(photos: Path, tmp_path: Path) -> None:

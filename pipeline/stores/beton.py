@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..images import PPM, BadImage
+from ..images import PPM
 from ..order import Samples
 from . import Progress
 from .records import MOST_CLASSES, ROW, Found, RecordStore, Scan, check_classes, described, index_path, load_index
@@ -32,7 +32,6 @@ _JPEG, _RAW = 0, 1
 _ALLOCATION = np.dtype([("sample", "<u8"), ("address", "<u8"), ("size", "<u8")])
 
 _PAGE = 8 << 20  # bytes, a power of two, as FFCV's writer has it
-_SIDE = 65_535  # pixels
 
 
 def begin(samples: int) -> bytes:
@@ -47,8 +46,6 @@ def frame(
     The size of all pages is that for the largest image (see `finish`). Where smaller ones do not cross the boundaries
     of smaller pages, they do not cross those either: each can be placed before the largest is known.
     """
-    if max(height, width) > _SIDE:
-        raise BadImage(f"{width} x {height} pixels: a beton holds none above {_SIDE:,} on a side; try --max-side")
     page = _page(len(image))
     return bytes(-at % page if at % page + len(image) > page else 0), b""
 

@@ -5,6 +5,7 @@ The journal says where a file that was not finished can be continued: every byte
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections import deque
@@ -28,6 +29,7 @@ from .records import ROW, sidecar_path
 from .sources import Source
 
 _JOURNAL = np.dtype([*ROW.descr, ("end", "<i8"), ("source", "<i8"), ("done", "S32")])  # `end` of the record in the file
+Framed = tuple[bytes, bytes]  # what stands before and after an image
 REJECTED = b"rejected"  # what was done to an image that is not there
 _TOGETHER = 1 << 20  # bytes of images that a thread takes at a time: each hand-over costs as much as a small image
 
@@ -98,8 +100,17 @@ def write_file(
     growing, journal_path, rejects_path = work_files(final)
     if final.exists():
         return wrote(_count(read_journal(journal_path)))
+
+    def frame(at: int, position: int, number: int, height: int, width: int, image: bytes, checksum: int) -> Framed:
+        name, label = source.name(number), int(source.labels[number])
+        return format.frame(at, first + position, name, label, height, width, image, checksum)
+
     with _grown(growing) as file, _grown(journal_path) as journal, _grown(rejects_path) as rejects:
-        done = _recover(file, journal, rejects)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # a worker of a cluster outlives the command that it works for
+            raise ValueError(f"{final.name} is being written, for a command that was ended: wait for it") from None
+        done = _recover(file, journal, rejects, len(format.begin(len(numbers))), frame)
         parts, position, end = [done], len(done), int(done["end"][-1]) if len(done) else 0
         wrote(_count(done))
         if not position:
@@ -109,20 +120,18 @@ def write_file(
             rows: list[tuple[Any, ...]] = []
             reasons: list[bytes] = []
             for number, image, checksum in chunk:
-                name, label = source.name(number), int(source.labels[number])
-                try:
-                    if isinstance(image, str):
-                        raise BadImage(image)
-                    key, size = first + position + len(rows), (image.height, image.width)
-                    before, after = format.frame(end, key, name, label, *size, image.data, checksum)
-                except BadImage as error:
+                if isinstance(image, str):
+                    name = source.name(number)
                     if strict:
-                        raise ValueError(f"{name}: {error}") from error
-                    reasons.append(json_line({"source": number, "name": name, "reason": str(error)}))
+                        raise ValueError(f"{name}: {image}")
+                    reasons.append(json_line({"source": number, "name": name, "reason": image}))
                     rows.append((-1, 0, 0, shard, 0, 0, 0, end, number, REJECTED))
                     continue
+                size = image.height, image.width
+                before, after = frame(end, position + len(rows), number, *size, image.data, checksum)
                 data += (before, image.data, after)
                 at, end = end + len(before), end + len(before) + len(image.data) + len(after)
+                label = int(source.labels[number])
                 rows.append((label, *size, shard, at, len(image.data), checksum, end, number, image.done.encode()))
             parts.append(np.array(rows, dtype=_JOURNAL))
             position += len(rows)
@@ -130,16 +139,18 @@ def write_file(
             _append(rejects, reasons)
             _append(journal, [parts[-1].tobytes()])  # last: what it tells of is there
             wrote(_count(parts[-1]))
-    index = index_rows(np.concatenate(parts))
-    with open(growing, "r+b") as whole:
-        whole.seek(0, os.SEEK_END)
-        format.finish(whole, index)
-        whole.flush()
-        os.fsync(whole.fileno())
-    sidecar = format.scan(growing).sidecar if len(index) else ""  # reads what was written, too
-    if sidecar:
-        sidecar_path(final).write_text(sidecar)
-    os.replace(growing, final)
+        for told in (journal, rejects):
+            os.fsync(told.fileno())  # before the file has its name, which says that they are whole
+        index = index_rows(np.concatenate(parts))
+        with open(growing, "r+b") as whole:
+            whole.seek(0, os.SEEK_END)
+            format.finish(whole, index)
+            whole.flush()
+            os.fsync(whole.fileno())
+        sidecar = format.scan(growing).sidecar if len(index) else ""  # reads what was written, too
+        if sidecar:
+            sidecar_path(final).write_text(sidecar)
+        os.replace(growing, final)
 
 
 def _prepared(
@@ -152,7 +163,7 @@ def _prepared(
         return [(n, image, 0 if isinstance(image, str) else google_crc32c.value(image.data)) for n, image in images]
 
     waiting: deque[Future[list[tuple[int, Jpeg | str, int]]]] = deque()
-    at, mean = 0, 100_000.0
+    at, mean = 0, float(_TOGETHER)  # one by one until their size is known: they may be of 20 MB
     while at < len(numbers) or waiting:
         while at < len(numbers) and len(waiting) < ahead:
             together = int(np.clip(_TOGETHER / mean, 1, 64))
@@ -163,16 +174,31 @@ def _prepared(
         yield chunk
 
 
-def _recover(file: FileIO, journal: FileIO, rejects: FileIO) -> NDArray[Any]:
-    """The journal as far as the file has what it tells of; all three are cut off there, and stand at their ends."""
-    told = journal.read()
-    rows, kept = np.frombuffer(told[: len(told) // _JOURNAL.itemsize * _JOURNAL.itemsize], dtype=_JOURNAL), 0
+def _recover(file: FileIO, journal: FileIO, rejects: FileIO, begins: int, frame: Callable[..., Framed]) -> NDArray[Any]:
+    """The journal as far as the others have what it tells of; all three are cut off there, and stand at their ends.
+
+    begins: where the first record does; frame: makes what stands around an image, of which it has to be the same.
+    """
+    told, lines = journal.read(), rejects.read().splitlines(keepends=True)
+    rows = np.frombuffer(told[: len(told) // _JOURNAL.itemsize * _JOURNAL.itemsize], dtype=_JOURNAL)
+    kept, rejected, at = 0, 0, begins
     for row in rows:
-        file.seek(row["offset"])
-        if not row["done"] or google_crc32c.value(file.read(row["bytes"])) != row["checksum"]:
-            break
+        if row["done"] == REJECTED:
+            rejected += 1
+            if rejected > len(lines):
+                break
+        else:
+            file.seek(at)
+            record, start = file.read(max(0, int(row["end"]) - at)), int(row["offset"]) - at
+            image, checksum = record[start : start + int(row["bytes"])], int(row["checksum"])
+            if not row["done"] or google_crc32c.value(image) != checksum:
+                break
+            before, after = frame(at, kept, *(int(row[n]) for n in ("source", "height", "width")), image, checksum)
+            if record != before + image + after:
+                break
+            at = int(row["end"])
         kept += 1
-    rows, lines = rows[:kept], rejects.read().splitlines(keepends=True)
+    rows = rows[:kept]
     for cut, to in (
         (file, int(rows["end"][-1]) if kept else 0),
         (journal, kept * _JOURNAL.itemsize),

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,7 +32,7 @@ class Source(Protocol):
     classes: list[str]  # [] where the images carry no labels
     labels: NDArray[np.int32]  # [n], -1 where there is none
     rejects: dict[str, str]  # what was left out when it was opened, and why
-    identity: str  # a digest of names, labels and, where they are known, sizes: it tells whether the source has changed
+    identity: str  # a digest of names, labels and what more is known unread: it tells whether the source has changed
 
     def __len__(self) -> int: ...
 
@@ -57,6 +58,8 @@ class Files:
     def read(self, i: int) -> bytes:
         try:
             with open(os.path.join(self.root, self.paths[i]), "rb") as file:
+                if (size := os.fstat(file.fileno()).st_size) >= 1 << 31:
+                    raise BadImage(f"it has {size:,} bytes")
                 return file.read()
         except OSError as error:
             check_folders(self.root, self.paths[i], error)
@@ -127,7 +130,7 @@ def spool(
                 continue
             labels.append(_number(name, label, classes, numbers))
             called = os.fsencode(name)
-            names.update(called + b"\0")
+            names.update(called + b"\0%d," % google_crc32c.value(image))  # it is all read anyway
             offsets.append(at + out.write(called))
             sizes.append(out.write(image))
             at = offsets[-1] + sizes[-1]

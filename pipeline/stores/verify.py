@@ -68,6 +68,8 @@ def _compare_file(store: RecordStore, number: int, file: Path, format: str) -> I
     found = np.array([(image.offset, image.bytes) for image in scanned.found], dtype=np.int64).reshape(-1, 2)
     if store.checksums and not np.array_equal(found, np.stack([rows["offset"], rows["bytes"]], axis=1)):
         yield f"{file} holds {len(found)} images, not the {len(rows)} of its index, or elsewhere"
+    elif store.checksums and rows["label"].tolist() != [-1 if i.label is None else i.label for i in scanned.found]:
+        yield f"{file} has other labels than its index"
     beside = sidecar_path(file)
     if scanned.sidecar and beside.exists() and beside.read_text() != scanned.sidecar:
         yield f"{beside} does not describe {file.name}: delete it, it is made again"
@@ -104,7 +106,10 @@ def _made_from(path: Path, store: Store, source: Source, problems: list[str]) ->
     told: dict[str, Any] | None = described(path).get("plan")
     if told is None:
         raise ValueError(f"{path} does not say how it was made: there is no {path.name}.json of convert.py beside it")
-    plan = Plan(**told)
+    try:
+        plan = Plan(**told)
+    except TypeError as error:
+        raise ValueError(f"{path.name}.json is of another version of convert.py ({error}): convert anew") from error
     if (source.identity, len(source)) != (plan.identity, plan.images):
         problems.append(f"the source holds {len(source)} images that are not the {plan.images} that it was made from")
         return None

@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import version
@@ -94,11 +94,20 @@ def write_store(
             )
     if executor and not (FORMATS[format].SHARDED and isinstance(source, (str, Path))):
         raise ValueError("a cluster writes shards, of a source that it can open by itself: webdataset or tfrecord")
-    partial = target.with_name(target.name + ".partial")
+    spelled, partial = _spelled(source), target.with_name(target.name + ".partial")
+    if spelled and os.path.realpath(spelled) == os.path.realpath(target):
+        raise ValueError(f"{target} is the source: name another target")
+    told = described(target).get("plan")
+    for path in (target, target.with_name(target.name + ".json")):  # somebody's annotations may be called so
+        if path.exists() and not isinstance(told, dict):
+            raise ValueError(f"{path} is there already, not made by this program: move it, or name another target")
     with _claimed(partial):
-        opened = _open(source, partial, listing)
+        if isinstance(source, (str, Path)):
+            opened = open_source(spelled, listing, partial / "spool")
+        else:
+            opened = spooled(source, [], partial / "spool")
         plan = Plan(
-            source=_spelled(source),
+            source=spelled,
             identity=opened.identity,
             images=len(opened),
             format=format,
@@ -110,14 +119,16 @@ def write_store(
             validate=validate,
         )
         if target.exists():
-            told = described(target).get("plan")
-            if told is None or _differences(told, plan):
-                made = _differences(told, plan) if told else "not by this program"
-                raise ValueError(f"{target} is there already, made otherwise ({made}): delete it, or name another")
-            shutil.rmtree(partial)
+            changes = _differences(told or {}, plan)
+            if not (changes and (partial / "plan.json").exists()):
+                shutil.rmtree(partial)
+            if changes:
+                raise ValueError(f"{target} is there already, made otherwise ({changes}): delete it, or name another")
             return _report(target, new=False)
         if not len(opened):
             raise ValueError(f"{source} holds no image")
+        for name, why in opened.rejects.items() if strict else ():
+            raise ValueError(f"{name}: {why}")
         _settle(plan, partial)
         if executor:
             _write_elsewhere(plan, target, partial, strict, executor, progress)
@@ -180,9 +191,7 @@ def _write_elsewhere(
 
 def write_one(plan: Plan, shard: int, final: str, strict: bool) -> tuple[int, int, int]:
     """One file of a conversion, in whatever process this is: how much was `Written`."""
-    source = _source_elsewhere(plan.source, str(Path(final).parent.parent / "spool"))
-    if source.identity != plan.identity:
-        raise ValueError(f"{plan.source} is another data set on this machine: mount the same one on all of them")
+    source = _source_elsewhere(plan.source, str(Path(final).parent.parent / "spool"), plan.identity)
     counts: list[Written] = []
     pool = single_threaded_workers(1, "convert")
     try:
@@ -194,8 +203,11 @@ def write_one(plan: Plan, shard: int, final: str, strict: bool) -> tuple[int, in
 
 
 @lru_cache(1)
-def _source_elsewhere(source: str, scratch: str) -> Source:
-    return open_source(source, lambda done, total: None, Path(scratch))
+def _source_elsewhere(source: str, scratch: str, identity: str) -> Source:
+    opened = open_source(source, lambda done, total: None, Path(scratch))
+    if opened.identity != identity:
+        raise ValueError(f"{source} is another data set on this machine: mount the same one on all of them")
+    return opened
 
 
 def _spelled(source: Any) -> str:
@@ -203,12 +215,6 @@ def _spelled(source: Any) -> str:
     if not isinstance(source, (str, Path)):
         return ""
     return str(source) if re.match(r"[\w+]{2,}:", str(source)) else os.path.abspath(source)
-
-
-def _open(source: Any, partial: Path, listing: Progress) -> Source:
-    if isinstance(source, (str, Path)):
-        return open_source(source, listing, partial / "spool")
-    return spooled(source, [], partial / "spool")
 
 
 # ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -242,7 +248,8 @@ def _put_in_place(plan: Plan, source: Source, target: Path, partial: Path) -> No
     rejects_path.unlink(missing_ok=True)
     if account["rejects"]:
         _write_whole(rejects_path, b"".join(lines))
-    save_index(index_path(target), files, rows)
+    save_index(partial / "index.npz", files, rows)
+    os.replace(partial / "index.npz", index_path(target))
     _write_whole(target.with_name(target.name + ".json"), json.dumps(account, indent=1).encode() + b"\n")
     os.replace(partial / "data" if FORMATS[plan.format].SHARDED else files[0], target)
     shutil.rmtree(partial)
@@ -264,9 +271,10 @@ def _settle(plan: Plan, partial: Path) -> None:
 
 
 def _differences(told: dict[str, Any], plan: Plan) -> str:
-    """What another plan has instead; the source may be spelled otherwise."""
-    other = [(name, told.get(name), now) for name, now in asdict(plan).items() if name != "source"]
-    return ", ".join(f"{name} {then} instead of {now}" for name, then, now in other if then != now)
+    """What another plan has instead. Names alone do not tell a data set from its copy of another size."""
+    now = asdict(plan)
+    other = [(name, told.get(name), now.get(name)) for name in {**now, **told}]
+    return ", ".join(f"{name} {then} instead of {wanted}" for name, then, wanted in other if then != wanted)
 
 
 @contextmanager
@@ -275,14 +283,22 @@ def _claimed(partial: Path) -> Iterator[None]:
     partial.mkdir(parents=True, exist_ok=True)
     lock = partial / "lock"
     with open(lock, "w") as file:
+
+        def is_ours() -> bool:  # whoever is done removes it, and the next one makes another
+            with suppress(FileNotFoundError):
+                return os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+            return False
+
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not is_ours():
+                raise BlockingIOError
         except BlockingIOError:
             raise ValueError(f"another conversion is writing {partial}: wait for it, or name another target") from None
         try:
             yield
         finally:
-            if not any(path.is_file() and path != lock for path in partial.rglob("*")):
+            if is_ours() and not any(path.is_file() and path != lock for path in partial.rglob("*")):
                 shutil.rmtree(partial, ignore_errors=True)
 
 
