@@ -89,7 +89,8 @@ def ffcv() -> Iterator[Any]:
 
 def as_records(store: Any, folder: Path) -> Any:
     """The images of a store in the plainest record files there could be: one after the other, in two files."""
-    from pipeline.stores.records import ROW, RecordStore
+    from pipeline.stores.index import ROW
+    from pipeline.stores.records import RecordStore
 
     rows, files = np.zeros(len(store), ROW), [folder / "0.records", folder / "1.records"]
     for name in ("label", "height", "width"):

@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline import Store, find_format, open_store
 from pipeline.images import decode
 from pipeline.stores import beton
-from pipeline.stores.records import ROW, index_path, load_index, save_index, sidecar_path
+from pipeline.stores.index import ROW, index_path, load_index, save_index, sidecar_path
 
 # A KeyError of Numba's own, in the finalizer of what FFCV compiled for a loader that is gone.
 FINALIZER = pytest.mark.filterwarnings(

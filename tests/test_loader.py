@@ -18,7 +18,8 @@ from bench.ladder import _bytes_from_disk
 from pipeline import FOR_ANY_STORE, Batch, Loader, Store, Subset, barlow_twins, center_view, open_loader, open_store
 from pipeline.machine import single_threaded_workers
 from pipeline.order import Samples, epoch_order
-from pipeline.stores.records import ROW, RecordStore
+from pipeline.stores.index import ROW
+from pipeline.stores.records import RecordStore
 
 SEED, BATCH = 7, 6
 RECIPE = barlow_twins(24)

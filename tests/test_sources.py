@@ -34,7 +34,8 @@ from PIL import Image
 from pipeline.images import BadImage
 from pipeline.stores import sources
 from pipeline.stores.formats import FORMATS
-from pipeline.stores.records import ROW, RecordStore
+from pipeline.stores.index import ROW
+from pipeline.stores.records import RecordStore
 from pipeline.stores.sources import open_source, spooled
 from pipeline.stores.spool import Source
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipeline.stores import tfrecord
 from pipeline.stores.formats import find_format
-from pipeline.stores.records import sidecar_path
+from pipeline.stores.index import sidecar_path
 
 # Two Examples that TensorFlow 2.21 wrote: a PNG of 3 x 2 pixels of (200, 30, 90), labels 300 and 0, other features.
 TENSORFLOWS = zlib.decompress(

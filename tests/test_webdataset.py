@@ -21,7 +21,7 @@ from conftest import JPEGS, LABELS, check_mutations, encoded, images_of, needed,
 
 from pipeline.stores import tfrecord, webdataset
 from pipeline.stores.formats import find_format
-from pipeline.stores.records import ROW, index_path, save_index, sidecar_path
+from pipeline.stores.index import ROW, index_path, save_index, sidecar_path
 
 
 def tar(path: Path, *members: tuple[str, bytes], format: int = tarfile.USTAR_FORMAT) -> Path:

@@ -25,7 +25,7 @@ from test_images import FORMATS as IMAGES
 from pipeline import FORMATS, Report, Written, open_store, verify_store, write_store
 from pipeline.images import BadImage, as_jpeg, check, decode
 from pipeline.stores import shard, write
-from pipeline.stores.records import described
+from pipeline.stores.index import described
 
 TARGETS = {"beton": "x.beton", "webdataset": "x", "tfrecord": "x"}
 

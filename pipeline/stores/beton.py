@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from ..images import PPM
 from ..order import Samples
 from . import Progress
-from .records import MOST_CLASSES, ROW, Found, RecordStore, Scan, check_classes, described, index_path, load_index
+from .index import MOST_CLASSES, ROW, Found, Scan, check_classes, described, index_path, load_index
+from .records import RecordStore
 
 SUFFIX, SHARDED = ".beton", False
 

@@ -94,10 +94,12 @@ def check_folders(root: Path, path: str, error: OSError) -> None:
 def find_splits(root: Path) -> tuple[Path, Path | None]:
     """What to train and to test on: `train` and `val` (or `test`) in `root`, else `root` and None.
 
-    Both are folders or .beton files. A folder `train` beside others, none a test split, is a class that is called so.
+    Both are folders, or both .beton files. A folder `train` beside others, none a test split, is a class that is called so.
     """
     folders = {p.name.lower(): p for p in root.iterdir() if p.is_dir()} if root.is_dir() else {}
-    folders |= {p.stem.lower(): p for p in root.glob("*.beton")}
+    betons = {p.stem.lower(): p for p in root.glob("*.beton")}
+    if betons.keys() & {*TRAIN} and betons.keys() & {*TEST}:
+        folders |= betons
     train, test = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, TEST))
     if test is not None and folders.keys() <= {*TEST}:
         raise ValueError(f"{root} holds {test.name}/ but no train/: name the folder of images to train on")

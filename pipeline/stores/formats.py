@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from ..images import SUFFIXES
 from . import Progress, beton, tfrecord, webdataset
-from .records import RecordStore, Scan
+from .index import Scan
+from .records import RecordStore
 
 
 class Format(Protocol):

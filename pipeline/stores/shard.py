@@ -25,7 +25,7 @@ from ..images import BadImage, Jpeg, as_jpeg
 from ..order import Samples
 from . import shuffled
 from .formats import FORMATS
-from .records import ROW, sidecar_path
+from .index import ROW, sidecar_path
 from .sources import Source
 
 _JOURNAL = np.dtype([*ROW.descr, ("end", "<i8"), ("source", "<i8"), ("done", "S32")])  # `end` of the record in the file

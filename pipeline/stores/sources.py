@@ -30,7 +30,7 @@ from ..images import SUFFIXES
 from . import Progress, cache_folder, join_names
 from .folder import TEST, TRAIN, class_folders, find_splits, walk_images
 from .formats import FORMATS, find_format
-from .records import class_names
+from .index import class_names
 from .spool import Files, Item, Records, Source, digest, spool, spooled
 
 __all__ = ["Source", "open_source", "spooled"]

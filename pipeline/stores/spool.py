@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from ..images import BadImage
 from . import Progress, join_names, split_names
 from .folder import check_folders
-from .records import ROW, RecordStore, class_names, save_index
+from .index import ROW, class_names, save_index
+from .records import RecordStore
 
 Label = int | str | None
 Item = tuple[str, bytes | str, Label]  # name; the encoded image, or why there is none; label

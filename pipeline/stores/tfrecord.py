@@ -16,7 +16,8 @@ import google_crc32c
 from numpy.typing import NDArray
 
 from . import Progress
-from .records import Found, RecordStore, Scan, naturally, open_files
+from .index import Found, Scan, naturally
+from .records import RecordStore, open_files
 
 SUFFIX, SHARDED = ".tfrecord", True
 _IMAGES = (b"image/encoded", b"image", b"image_raw", b"jpg")  # where an image is found, the first that there is

@@ -16,7 +16,8 @@ from ..machine import single_threaded_workers, usable_cores
 from ..order import Samples
 from . import Progress, Store
 from .formats import FORMATS, find_format
-from .records import RecordStore, described, sidecar_path
+from .index import described, sidecar_path
+from .records import RecordStore
 from .shard import Plan, prepare
 from .sources import Source, open_source
 

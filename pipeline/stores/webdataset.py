@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 
 from . import Progress
-from .records import Found, RecordStore, Scan, naturally, open_files
+from .index import Found, Scan, naturally
+from .records import RecordStore, open_files
 
 SUFFIX, SHARDED = ".tar", True
 _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")  # the first of them is the image where a sample has several

@@ -26,7 +26,7 @@ import numpy as np
 from ..machine import single_threaded_workers, usable_cores
 from . import Progress
 from .formats import FORMATS
-from .records import described, index_path, save_index
+from .index import described, index_path, save_index
 from .shard import REJECTED, Plan, Written, index_rows, json_line, read_journal, work_files, write_file
 from .sources import Source, open_source, spooled
 
