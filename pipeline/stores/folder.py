@@ -94,10 +94,16 @@ def check_folders(root: Path, path: str, error: OSError) -> None:
 def find_splits(root: Path) -> tuple[Path, Path | None]:
     """What to train and to test on: `train` and `val` (or `test`) in `root`, else `root` and None.
 
-    Both are folders, or both .beton files. A folder `train` beside others, none a test split, is a class that is called so.
+    Both are folders, or both are .beton files. A `train` beside other folders, none of which is a test split, is a class
+    that is called so.
     """
-    folders = {p.name.lower(): p for p in root.iterdir() if p.is_dir()} if root.is_dir() else {}
-    betons = {p.stem.lower(): p for p in root.glob("*.beton")}
+    folders: dict[str, Path] = {}
+    betons: dict[str, Path] = {}
+    for entry in os.scandir(root) if root.is_dir() else ():  # asks nothing about each of a million images
+        if entry.is_dir():
+            folders[entry.name.lower()] = root / entry.name
+        elif entry.name.endswith(".beton"):
+            betons[entry.name[: -len(".beton")].lower()] = root / entry.name
     if betons.keys() & {*TRAIN} and betons.keys() & {*TEST}:
         folders |= betons
     train, test = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, TEST))
