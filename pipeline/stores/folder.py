@@ -94,8 +94,8 @@ def check_folders(root: Path, path: str, error: OSError) -> None:
 def find_splits(root: Path) -> tuple[Path, Path | None]:
     """What to train and to test on: `train` and `val` (or `test`) in `root`, else `root` and None.
 
-    Both are folders, or both are .beton files. A `train` beside other folders, none of which is a test split, is a class
-    that is called so.
+    Both are folders, or both are .beton files. A `train` beside other folders, none of which is a test split, is a
+    class that is called so.
     """
     folders: dict[str, Path] = {}
     betons: dict[str, Path] = {}
