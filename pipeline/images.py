@@ -7,6 +7,7 @@ JPEGs go through libjpeg-turbo by simplejpeg, bit-identical to Pillow and faster
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -28,6 +29,8 @@ QUALITY = 96  # of what is encoded, unless asked otherwise: from 96 on libjpeg-t
 UNTOUCHED = "passed through"
 
 Encoded = bytes | memoryview
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `image_size` refuses what it warns of
 
 
 class BadImage(ValueError):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..images import BadImage
 from . import Progress, join_names, split_names
-from .folder import check_folders
+from .folder import check_folders, check_kind
 from .records import ROW, RecordStore, class_names, save_index
 
 Label = int | str | None
@@ -56,7 +56,8 @@ class Files:
 
     def read(self, i: int) -> bytes:
         try:
-            with open(os.path.join(self.root, self.paths[i]), "rb") as file:
+            check_kind(os.stat(path := os.path.join(self.root, self.paths[i])))
+            with open(path, "rb") as file:
                 return file.read()
         except OSError as error:
             check_folders(self.root, self.paths[i], error)
