@@ -12,6 +12,7 @@ The same command goes on where an earlier one was ended. `./verify` is a source 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -114,7 +115,7 @@ def convert(job: Convert, log: RunLog) -> int:
     rows["written"] = f"{report.path}, {report.bytes / 1e6:,.1f} MB"
     rows["time"] = f"{elapsed:.1f} s, {report.images / elapsed:,.0f} images/s, {report.bytes / elapsed / 1e6:,.0f} MB/s"
     log.table(rows)
-    log.say(f"uv run train.py --data {job.target}")
+    log.say(runlog.printable(f"uv run train.py --data {shlex.quote(str(job.target))}"))
     return 0
 
 
@@ -128,7 +129,8 @@ def verify(job: Verify, log: RunLog) -> int:
         log.say(runlog.printable(problem))
     if len(problems) > 10:
         log.say(f"and {len(problems) - 10} more")
-    log.say(f"{job.target}: {len(problems)} problems" if problems else f"{job.target} is as it was written")
+    said = f"{job.target}: {len(problems)} problems" if problems else f"{job.target} is as it was written"
+    log.say(runlog.printable(said))
     return int(bool(problems))
 
 
@@ -169,7 +171,7 @@ if __name__ == "__main__":
     except Exception as error:
         if os.environ.get("TWINFEED_TRACEBACK"):
             raise
-        sys.exit(f"error: {runlog.explain(error)}")
+        sys.exit(f"error: {runlog.printable(runlog.explain(error))}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from there")
         sys.exit(INTERRUPTED)

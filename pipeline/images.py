@@ -7,6 +7,7 @@ JPEGs go through libjpeg-turbo by simplejpeg, bit-identical to Pillow and faster
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -29,6 +30,8 @@ UNTOUCHED = "passed through"
 _MOST_SIDE = 65_500  # pixels, of a JPEG: libjpeg neither writes nor reads more
 
 Encoded = bytes | memoryview
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `image_size` refuses what it warns of
 
 
 class BadImage(ValueError):

@@ -92,6 +92,8 @@ def single_threaded_workers(threads: int, name: str) -> ThreadPoolExecutor:
 
     The workers have all started when they are given out: see `torch_threads_kept`.
     """
+    if threads < 1:
+        raise ValueError(f"{threads} threads: at least 1 is needed")
     with torch_threads_kept():
         pool = ThreadPoolExecutor(threads, f"twinfeed-{name}", initializer=_use_one_thread)
         all_started = Barrier(threads + 1)

@@ -86,6 +86,19 @@ def test_what_was_done_and_left_out_is_said(convert: Train, tmp_path: Path) -> N
     assert "nothing to do" in text
 
 
+def test_odd_names_are_quoted_and_spelled_out(convert: Train, photos: Path, tmp_path: Path) -> None:
+    target = tmp_path / "my \x1b[31m.beton"
+    text = convert(photos, target)[1] + convert("verify", target)[1]
+    spelled = f"{tmp_path}/my \\x1b[31m.beton"
+    assert f"uv run train.py --data '{spelled}'\n" in text
+    assert f"{spelled} is as it was written" in text
+    refused(convert("verify", target, "--threads", "-3"), "-3 threads: at least 1")
+    target.write_bytes(b"")
+    status, text = convert("verify", target)
+    assert status == 1
+    assert "\x1b" not in text
+
+
 def test_verify_says_whether_all_is_well(convert: Train, photos: Path, tmp_path: Path) -> None:
     target = tmp_path / "x"
     assert convert(photos, target, "--format", "webdataset", "--shards", "2")[0] == 0
@@ -106,6 +119,7 @@ def test_wrong_wishes_are_one_line(convert: Train, photos: Path, tmp_path: Path)
     refused(convert(tmp_path / "nothing", tmp_path / "x.beton"), "nothing", "not there")
     refused(convert(photos, tmp_path / "x"), "does not say which format", "beton, webdataset, tfrecord")
     refused(convert(photos, tmp_path / "x.beton", "--quality", "101"), "101", "at most 100")
+    refused(convert(photos, tmp_path / "x.beton", "--threads", "-3"), "threads: -3", "at least 1")
     refused(convert("verify", photos), "holds none of beton, webdataset, tfrecord")
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "val").mkdir()

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -412,8 +413,9 @@ def test_a_full_disk_loses_nothing_and_is_no_end(
         return os.write(fd, whole)
 
     monkeypatch.setattr(os, "writev", writev)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as full:
         convert(photos, tmp_path, format)
+    assert full.value.__notes__ == ["once that is set right, the same command goes on"]
     assert not (tmp_path / TARGETS[format]).exists()
     monkeypatch.setattr(os, "writev", real)
     convert(photos, tmp_path, format)
@@ -592,6 +594,50 @@ def test_workers_use_the_spool_that_is_there(tmp_path: Path, monkeypatch: pytest
     assert len(made) == 1
 
 
+def test_what_only_looks_like_a_file_is_left_out_and_not_waited_for(tmp_path: Path) -> None:
+    source = write_photos(tmp_path / "source", 6)
+    os.mkfifo(source / "class0" / "pipe.jpg")
+    (source / "class1" / "endless.jpg").symlink_to("/dev/zero")
+    report = convert(source, tmp_path, "beton")
+    assert (report.images, report.rejects) == (6, 2)
+    store = open_store(source)
+    assert set(store.rejects.values()) == {"it is a pipe or a device, not a file"}
+    assert len(store) == 6
+
+
+def test_a_link_to_what_is_not_there_is_no_target(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("unmounted")
+    with pytest.raises(ValueError, match="is there already"):
+        convert(photos, tmp_path, "webdataset")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_kill_leaves_no_half_written_index(
+    photos: Path, tmp_path: Path, killer: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed conversion and the one that goes on are two processes."""
+    convert(photos, tmp_path, "beton")
+    expected = everything(tmp_path)
+    for k in range(2, 12):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        killer(k)
+        with suppress(Killed):
+            convert(photos, tmp_path, "beton")
+        killer(-1)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            convert(photos, tmp_path, "beton")
+        assert everything(tmp_path) == expected, k
+
+
+def test_a_damaged_plan_of_work_in_progress_is_named(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.beton.partial").mkdir()
+    (tmp_path / "x.beton.partial" / "plan.json").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"plan\.json is damaged .*: delete .*x\.beton\.partial, and begin again"):
+        convert(photos, tmp_path, "beton")
+
+
 # ── verify ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -664,3 +710,38 @@ def test_a_missing_and_an_exchanged_shard_are_named(photos: Path, tmp_path: Path
     lost.write_bytes(data)
     assert described(tmp_path / "x")["images"] == 60
     assert verify_store(tmp_path / "x", photos) == []
+
+
+def test_verify_compares_labels_that_other_readers_see(photos: Path, tmp_path: Path) -> None:
+    """A .cls has no checksum."""
+    convert(photos, tmp_path, "webdataset")
+    shard = tmp_path / "x" / "shard-00000.tar"
+    data = shard.read_bytes()
+    at = data.index(b".cls") // 512 * 512 + 512
+    shard.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    (problem,) = verify_store(tmp_path / "x")
+    assert "labelled otherwise" in problem
+
+
+def test_verify_against_a_damaged_account(photos: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(photos, source)
+    (source / "class0" / "bad.jpg").write_bytes(b"no image")
+    convert(source, tmp_path, "beton")
+    account, rejects = tmp_path / "x.beton.json", tmp_path / "x.beton.rejects.jsonl"
+    for file, old, new in (
+        (account, '"seed"', '"sead"'),
+        (rejects, '"source"', '"sourca"'),
+        (rejects, '"source": ', '"source": 99'),
+        (rejects, "{", ""),
+    ):
+        good = file.read_text()
+        file.write_text(good.replace(old, new))
+        with pytest.raises(ValueError, match=r"x\.beton\.json or x\.beton\.rejects\.jsonl is damaged .*: restore it"):
+            verify_store(tmp_path / "x.beton", source)
+        file.write_text(good)
+    account.write_text(account.read_text().replace('"class1"', '"klass1"', 1))
+    assert "names other classes than the source: class0" in verify_store(tmp_path / "x.beton", source)[0]
+    account.write_text(account.read_text().replace('"klass1"', '"class1"').replace('"bytes"', '"bites"'))
+    with pytest.raises(ValueError, match=r"x\.beton\.json is damaged \(it lacks 'bytes'\)"):
+        convert(source, tmp_path, "beton")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -72,6 +73,12 @@ class FolderStore:
         except OSError as error:
             check_folders(self.root, path, error)
             return b""
+
+
+def check_kind(about: os.stat_result) -> None:
+    """`BadImage` for what has the name of an image but would be waited for, or read, without end."""
+    if not stat.S_ISREG(about.st_mode):
+        raise BadImage("it is a pipe or a device, not a file")
 
 
 def check_folders(root: Path, path: str, error: OSError) -> None:
@@ -151,13 +158,14 @@ def _index(root: Path, paths: list[str], progress: Progress) -> tuple[NDArray[An
     def probe(path: str) -> Any:
         full = os.path.join(root, path)
         try:
-            stat = os.stat(full)
-            stamp = stat.st_size, stat.st_mtime_ns
+            about = os.stat(full)
+            stamp = about.st_size, about.st_mtime_ns
             i = position.get(path)
             if i is not None and (known[i]["bytes"], known[i]["modified_ns"]) == stamp:
                 if path in known_rejects:
                     rejects[path] = known_rejects[path]
                 return known[i]
+            check_kind(about)
             return np.array((-1, *_file_size(full), *stamp), dtype=_INDEX)
         except BadImage as error:
             rejects[path] = str(error)

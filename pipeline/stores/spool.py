@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..images import BadImage
 from . import Progress, join_names, split_names
-from .folder import check_folders
+from .folder import check_folders, check_kind
 from .index import ROW, class_names, save_index
 from .records import RecordStore
 
@@ -58,7 +58,8 @@ class Files:
 
     def read(self, i: int) -> bytes:
         try:
-            with open(os.path.join(self.root, self.paths[i]), "rb") as file:
+            check_kind(os.stat(path := os.path.join(self.root, self.paths[i])))
+            with open(path, "rb") as file:
                 if (size := os.fstat(file.fileno()).st_size) >= 1 << 31:
                     raise BadImage(f"it has {size:,} bytes")
                 return file.read()

@@ -66,9 +66,9 @@ def _compare_file(store: RecordStore, number: int, file: Path, format: str) -> I
     """The index and DALI's sidecar against what stands in a file."""
     scanned, rows = FORMATS[format].scan(file), store.index[store.index["file"] == number]
     yield from (f"{file}: {name}: {reason}" for name, reason in scanned.rejects.items())
-    found = np.array([(image.offset, image.bytes) for image in scanned.found], dtype=np.int64).reshape(-1, 2)
-    if store.checksums and not np.array_equal(found, np.stack([rows["offset"], rows["bytes"]], axis=1)):
-        yield f"{file} holds {len(found)} images, not the {len(rows)} of its index, or elsewhere"
+    places = [(image.offset, image.bytes) for image in scanned.found]
+    if store.checksums and places != rows[["offset", "bytes"]].tolist():
+        yield f"{file} holds {len(places)} images, not the {len(rows)} of its index, or elsewhere"
     elif store.checksums and rows["label"].tolist() != [-1 if i.label is None else i.label for i in scanned.found]:
         yield f"{file} has other labels than its index"
     beside = sidecar_path(file)
@@ -107,16 +107,20 @@ def _made_from(path: Path, store: Store, source: Source, problems: list[str]) ->
     told: dict[str, Any] | None = described(path).get("plan")
     if told is None:
         raise ValueError(f"{path} does not say how it was made: there is no {path.name}.json of convert.py beside it")
+    rejects = path.with_name(path.name + ".rejects.jsonl")
     try:
         plan = Plan(**told)
-    except TypeError as error:
-        raise ValueError(f"{path.name}.json is of another version of convert.py ({error}): convert anew") from error
+        lines = [json.loads(line) for line in rejects.read_text().splitlines()] if rejects.exists() else []
+        left_out = [int(line["source"]) for line in lines if line["source"] is not None]
+        if not all(0 <= number < plan.images for number in left_out):
+            raise ValueError("it names what is not in the source")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}.json or {rejects.name} is damaged ({error}): restore it, or convert anew") from error
     if (source.identity, len(source)) != (plan.identity, plan.images):
         problems.append(f"the source holds {len(source)} images that are not the {plan.images} that it was made from")
         return None
-    rejects = path.with_name(path.name + ".rejects.jsonl")
-    lines = [json.loads(line) for line in rejects.read_text().splitlines()] if rejects.exists() else []
-    left_out = [line["source"] for line in lines if line["source"] is not None]
+    if described(path).get("classes") != list(source.classes):
+        problems.append(f"{path}.json names other classes than the source: {', '.join(source.classes)[:200]}")
     problems += [
         f"{source.name(number)} was left out, but is good now"
         for number in left_out

@@ -87,6 +87,7 @@ def write_store(
         ("the longer side", max_side, 1, None),
         ("the shorter side", short_side, 1, None),
         ("the quality", quality, 1, 100),
+        ("threads", threads, 1, None),
     ):
         if value is not None and (value < least or value > (most or value)):
             raise ValueError(
@@ -118,7 +119,7 @@ def write_store(
             quality=quality,
             validate=validate,
         )
-        if target.exists():
+        if os.path.lexists(target):  # or a link to what is not there
             changes = _differences(told or {}, plan)
             if not (changes and (partial / "plan.json").exists()):
                 shutil.rmtree(partial)
@@ -248,7 +249,7 @@ def _put_in_place(plan: Plan, source: Source, target: Path, partial: Path) -> No
     rejects_path.unlink(missing_ok=True)
     if account["rejects"]:
         _write_whole(rejects_path, b"".join(lines))
-    save_index(partial / "index.npz", files, rows)
+    save_index(partial / "index.npz", files, rows)  # whatever a kill leaves of it goes with the folder
     os.replace(partial / "index.npz", index_path(target))
     _write_whole(target.with_name(target.name + ".json"), json.dumps(account, indent=1).encode() + b"\n")
     os.replace(partial / "data" if FORMATS[plan.format].SHARDED else files[0], target)
@@ -257,13 +258,20 @@ def _put_in_place(plan: Plan, source: Source, target: Path, partial: Path) -> No
 
 def _report(target: Path, new: bool) -> Report:
     account = described(target)
-    return Report(target, account["images"], account["rejects"], account["done"], account["bytes"], new)
+    try:
+        return Report(target, account["images"], account["rejects"], account["done"], account["bytes"], new)
+    except KeyError as error:
+        raise ValueError(f"{target}.json is damaged (it lacks {error}): restore it, or convert anew") from error
 
 
 def _settle(plan: Plan, partial: Path) -> None:
     """Makes `partial` the working folder of this plan; ValueError where it is that of another one."""
     told = partial / "plan.json"
-    if told.exists() and (changes := _differences(json.loads(told.read_text()), plan)):
+    try:
+        changes = told.exists() and _differences(json.loads(told.read_text()), plan)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{told} is damaged ({error}): delete {partial}, and begin again") from error
+    if changes:
         raise ValueError(f"{partial} holds a conversion that was begun otherwise ({changes}): finish it, or delete it")
     (partial / "data").mkdir(exist_ok=True)
     (partial / "journal").mkdir(exist_ok=True)
@@ -297,6 +305,9 @@ def _claimed(partial: Path) -> Iterator[None]:
             raise ValueError(f"another conversion is writing {partial}: wait for it, or name another target") from None
         try:
             yield
+        except OSError as error:
+            error.add_note("once that is set right, the same command goes on")
+            raise
         finally:
             if is_ours() and not any(path.is_file() and path != lock for path in partial.rglob("*")):
                 shutil.rmtree(partial, ignore_errors=True)
