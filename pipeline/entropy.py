@@ -23,25 +23,26 @@ _END = 256
 _LONG = 128  # in the place of a symbol that is too long for that table
 _SAMPLING = (b"\x11\x11\x11", b"\x21\x11\x11", b"\x12\x11\x11", b"\x22\x11\x11")  # 4:4:4, 4:2:2, 4:4:0 and 4:2:0
 
-Tables = tuple[NDArray[np.uint16], NDArray[np.uint16]]
+Codes = tuple[bytes, bytes]  # of DC and AC, as the file has them: a number, 16 counts, and the symbols
 
 
 def is_whole(data: bytes) -> bool:
     """True only where libjpeg-turbo decodes a JPEG without an error or a warning; False says: not sure."""
-    frame, tables, start = _header(data)
-    if not tables:
+    frame, codes, start = _header(data)
+    tables = _tables(*dict.fromkeys(codes)) if codes else None
+    if tables is None:
         return False
     height, width = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
-    across, down = frame[7] >> 4, frame[7] & 15  # in blocks
+    across, down = (frame[7] >> 4, frame[7] & 15)  # in blocks
     mcus = -(height // (-8 * down)) * -(width // (-8 * across))
-    blocks = (across * down, 1, 1) if len(tables) == 3 else (1, 0, 0)
-    chained, single = zip(*(tables * 3)[:3], strict=True)
-    return _run(_walk, np.frombuffer(data, np.uint8), start, mcus, blocks, chained, single)
+    distinct = list(dict.fromkeys(codes))
+    plan = [distinct.index(code) for code in codes[:1] * across * down + codes[1:]]
+    return _run(_walk, np.frombuffer(data, np.uint8), start, mcus, np.array(plan), *tables)
 
 
-def _header(data: bytes) -> tuple[bytes, list[Tables], int]:
-    """The frame's segment, the tables of each component, and where the scan begins; no tables where it is unusual."""
-    unusual: tuple[bytes, list[Tables], int] = b"", [], 0
+def _header(data: bytes) -> tuple[bytes, list[Codes], int]:
+    """The frame's segment, the codes of each component, and where the scan begins; no codes where it is unusual."""
+    unusual: tuple[bytes, list[Codes], int] = b"", [], 0
     frame, huffman, quantizers, profiles, at = b"", dict[int, bytes](), set[int](), 0, 2
     if data[:2] != b"\xff\xd8":
         return unusual
@@ -77,8 +78,8 @@ def _header(data: bytes) -> tuple[bytes, list[Tables], int]:
     return unusual
 
 
-def _tables_of(frame: bytes, scan: bytes, huffman: dict[int, bytes], quantizers: set[int]) -> list[Tables]:
-    """The lookup tables of each component, if one usual scan has all of them; none otherwise."""
+def _tables_of(frame: bytes, scan: bytes, huffman: dict[int, bytes], quantizers: set[int]) -> list[Codes]:
+    """The Huffman codes of each component, if one usual scan has all of them; none otherwise."""
     ids, sampling, chosen = frame[6::3], frame[7::3], scan[2:-3:2]
     usual = (
         len(frame) == 6 + 3 * frame[5]
@@ -93,20 +94,20 @@ def _tables_of(frame: bytes, scan: bytes, huffman: dict[int, bytes], quantizers:
         and scan[-3:] == b"\0\x3f\0"
         and all(which >> 4 in huffman and 16 | which & 15 in huffman for which in chosen)
     )
-    tables = [_tables(huffman[which >> 4], huffman[16 | which & 15]) for which in chosen] if usual else []
-    return [pair for pair in tables if pair] if None not in tables else []
+    return [(huffman[which >> 4], huffman[16 | which & 15]) for which in chosen] if usual else []
 
 
 @lru_cache(maxsize=32)  # most JPEGs of an encoder share them
-def _tables(dc: bytes, ac: bytes) -> Tables | None:
+def _tables(*codes: Codes) -> tuple[NDArray[np.uint16], NDArray[np.uint16]] | None:
     """The entries of 13 bits, for as many symbols as these hold, and of 16 bits, for one; None for forbidden tables.
 
-    Both are [2, 8192] and [2, 65536], of codes that begin with a DC symbol and of those that do not. The bytes are
-    those of the file: a number, 16 counts, and the symbols.
+    They are [n, 2, 8192] and [n, 2, 65536] for n codes: what begins with a DC symbol, and what does not.
     """
-    chained, single = np.zeros((2, _LOOKS), np.uint16), np.zeros((2, 1 << 16), np.uint16)
-    specs = np.frombuffer(dc, np.uint8), np.frombuffer(ac, np.uint8)
-    return (chained, single) if _run(_fill, specs, chained, single) else None
+    chained, single = np.zeros((len(codes), 2, _LOOKS), np.uint16), np.zeros((len(codes), 2, 1 << 16), np.uint16)
+    for code, *tables in zip(codes, chained, single, strict=True):
+        if not _run(_fill, tuple(np.frombuffer(table, np.uint8) for table in code), *tables):
+            return None
+    return chained, single
 
 
 def _fill(specs: Any, chained: Any, single: Any) -> bool:
@@ -139,47 +140,45 @@ def _fill(specs: Any, chained: Any, single: Any) -> bool:
     return True
 
 
-def _walk(data: Any, start: int, mcus: int, blocks: Any, chained: Any, single: Any) -> bool:
+def _walk(data: Any, start: int, mcus: int, plan: Any, chained: Any, single: Any) -> bool:
     """Whether all blocks can be followed to their end, and the end of the image comes right after it."""
     # The next bits from the top, how many there are, and the next byte; unsigned, since a negative index costs a test.
     buffer, held, at = np.uint64(0), np.int64(0), np.uint64(start)
     one, two, three, size = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(len(data))
     for _ in range(mcus):
-        for component in range(3):
-            looks, symbols = chained[component], single[component]
-            for _ in range(blocks[component]):
-                k = np.int64(0)  # coefficients of this block so far
-                while k < 64:
-                    if held < 32:  # a symbol has 31 at most
-                        word, plain = np.uint64(0), False
-                        if at + three < size:
-                            word = np.uint64(data[at]) << np.uint64(24) | np.uint64(data[at + one]) << np.uint64(16)
-                            word |= np.uint64(data[at + two]) << np.uint64(8) | np.uint64(data[at + three])
-                            plain = (~word - np.uint64(0x01010101)) & word & np.uint64(0x80808080) == 0  # no 0xFF
-                        if plain:
-                            buffer |= word << np.uint64(32 - held)
-                            held, at = held + 32, at + np.uint64(4)
-                        while not plain and held <= 56 and at + one < size:
-                            byte = data[at]
-                            if byte == 0xFF:
-                                if data[at + one] != 0:  # a marker: no more bits
-                                    break
-                                at += one
-                            buffer |= np.uint64(byte) << np.uint64(56 - held)
-                            held, at = held + 8, at + one
-                    entry = np.int64(looks[min(k, 1), buffer >> np.uint64(64 - _LOOK)])
+        for which in plan:
+            k = np.int64(0)  # coefficients of this block so far
+            while k < 64:
+                if held < 32:  # a symbol has 31 at most
+                    word, plain = np.uint64(0), False
+                    if at + three < size:
+                        word = np.uint64(data[at]) << np.uint64(24) | np.uint64(data[at + one]) << np.uint64(16)
+                        word |= np.uint64(data[at + two]) << np.uint64(8) | np.uint64(data[at + three])
+                        plain = (~word - np.uint64(0x01010101)) & word & np.uint64(0x80808080) == 0  # no 0xFF
+                    if plain:
+                        buffer |= word << np.uint64(32 - held)
+                        held, at = held + 32, at + np.uint64(4)
+                    while not plain and held <= 56 and at + one < size:
+                        byte = data[at]
+                        if byte == 0xFF:
+                            if data[at + one] != 0:  # a marker: no more bits
+                                break
+                            at += one
+                        buffer |= np.uint64(byte) << np.uint64(56 - held)
+                        held, at = held + 8, at + one
+                entry = np.int64(chained[which, min(k, 1), buffer >> np.uint64(64 - _LOOK)])
+                after = k + (entry >> 5)
+                if 64 < after < _END or after >= _END + 64:  # a long symbol, or some of the next block as well
+                    entry = np.int64(single[which, min(k, 1), buffer >> np.uint64(48)])
                     after = k + (entry >> 5)
-                    if 64 < after < _END or after >= _END + 64:  # a long symbol, or some of the next block as well
-                        entry = np.int64(symbols[min(k, 1), buffer >> np.uint64(48)])
-                        after = k + (entry >> 5)
-                        if entry == 0 or 64 < after < _END:
-                            return False
-                    buffer <<= np.uint64(entry & _BITS)
-                    held -= entry & _BITS
-                    if held < 0:
+                    if entry == 0 or 64 < after < _END:
                         return False
-                    k = after
-    return held < 8 and at + one < size and data[at] == 0xFF and data[at + one] == 0xD9
+                buffer <<= np.uint64(entry & _BITS)
+                held -= entry & _BITS
+                if held < 0:
+                    return False
+                k = after
+    return bool(held < 8 and at + one < size and data[at] == 0xFF and data[at + one] == 0xD9)
 
 
 _unkept = {function: _compiled()(function) for function in (_fill, _walk)}

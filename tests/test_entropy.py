@@ -61,11 +61,11 @@ ORDINARY, UNUSUAL = baseline(), unusual()
 def damage(data: bytes, rng: np.random.Generator, other: bytes) -> bytes:
     """Bits flipped and bytes set anywhere or near an end; cut; parts removed, repeated, zeroed or exchanged."""
     changed, size = bytearray(data), len(data)
-    scan = data.rfind(b"\xff\xda")
+    scan = max(0, data.rfind(b"\xff\xda"))
     at, length = int(rng.integers(size)), int(rng.integers(1, rng.choice([3, 9, 99])))
     kind = rng.integers(14)
     if kind < 6:
-        first, last = ((0, size), (0, scan + 14), (scan, size), (max(0, size - 12), size))[kind % 4]
+        first, last = ((0, size), (0, min(scan + 14, size)), (scan, size), (max(0, size - 12), size))[kind % 4]
         for i in rng.integers(first, last, int(rng.integers(1, 4))):
             changed[i] = changed[i] ^ 1 << int(rng.integers(8)) if rng.random() < 0.7 else int(rng.integers(256))
     elif kind == 6:
