@@ -145,6 +145,20 @@ def test_not_sure_of_anything_else() -> None:
         assert not any(is_whole(data[:length]) for length in range(len(data)))
 
 
+def test_not_sure_of_segments_of_any_other_length() -> None:
+    """Each segment cut to each length, its own length told truly; nothing but comments and the like may be cut."""
+    for kind in ("L 17x15 False", "2 33x16 True", "icc 8x8 False", "rgb 16x16 False"):
+        data, at = ORDINARY[kind], 2
+        while data[at : at + 2] != b"\xff\xda":
+            length = int.from_bytes(data[at + 2 : at + 4])
+            for kept in range(length):
+                cut = data[: at + 2] + kept.to_bytes(2, "big") + data[at + 4 : at + 2 + kept] + data[at + 2 + length :]
+                if is_whole(cut):
+                    simplejpeg.decode_jpeg(cut, "RGB")
+                    assert data[at + 1] >= 0xE0
+            at += 2 + length
+
+
 def test_libjpegs_warnings_about_headers_are_known() -> None:
     """Those that random damage hardly finds: each is decoded, but not in silence."""
     image = picture(40, 30)
