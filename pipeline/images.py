@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from . import entropy
+
 MAX_PIXELS = 89_478_485  # Pillow's own bound, 268 MB decoded. Larger is refused undecoded: 1 kB can claim any size.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")  # the last for the pixels that FFCV keeps in a beton
@@ -105,6 +107,8 @@ def check(data: bytes, height: int, width: int) -> None:
 
 def _is_whole(data: bytes) -> bool:
     """Whether a plain JPEG decodes without a warning: an eighth of its size needs all of the entropy-coded data."""
+    if entropy.is_whole(data):
+        return True
     try:
         simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1)
     except ValueError:
