@@ -14,8 +14,8 @@ import pytest
 import simplejpeg
 from conftest import encoded, picture
 
-from pipeline import entropy
-from pipeline.entropy import is_whole
+from pipeline.stores import entropy
+from pipeline.stores.entropy import is_whole
 
 SIZES = [(1, 1), (7, 9), (8, 8), (16, 16), (17, 15), (33, 16), (40, 31), (90, 64)]
 MARKERS = [b"\xff" + bytes([i]) for i in (0, 1, 0xC0, 0xC2, 0xC4, 0xD0, 0xD8, 0xD9, 0xDA, 0xDB, 0xDD, 0xE0, 0xEE, 0xFF)]

@@ -24,9 +24,10 @@ from test_images import BAD, by_pillow
 from test_images import FORMATS as IMAGES
 
 from pipeline import FORMATS, Report, Written, open_store, verify_store, write_store
-from pipeline.images import BadImage, as_jpeg, check, decode
+from pipeline.images import BadImage, decode
 from pipeline.stores import shard, write
 from pipeline.stores.index import described
+from pipeline.stores.jpegs import as_jpeg, check
 
 TARGETS = {"beton": "x.beton", "webdataset": "x", "tfrecord": "x"}
 

@@ -21,11 +21,12 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from ..images import BadImage, Jpeg, as_jpeg
+from ..images import BadImage
 from ..order import Samples
 from . import shuffled
 from .formats import FORMATS
 from .index import ROW, sidecar_path
+from .jpegs import Jpeg, as_jpeg
 from .sources import Source
 
 _JOURNAL = np.dtype([*ROW.descr, ("end", "<i8"), ("source", "<i8"), ("done", "S32")])  # `end` of the record in the file

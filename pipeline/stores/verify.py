@@ -11,12 +11,13 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from ..images import BadImage, check
+from ..images import BadImage
 from ..machine import single_threaded_workers, usable_cores
 from ..order import Samples
 from . import Progress, Store
 from .formats import FORMATS, find_format
 from .index import described, sidecar_path
+from .jpegs import check
 from .records import RecordStore
 from .shard import Plan, prepare
 from .sources import Source, open_source
