@@ -22,10 +22,13 @@ class DataConfig:
     """What is seen, and how it is distorted."""
 
     data: Path | None = None
-    """Folder of images: train/ and val/ (or test/) in it are those splits; sub-folders are classes, if any.
-    Without it, `demo` draws its own."""
+    """Folder of images (sub-folders are classes, if any), .beton, or folder of .tar or .tfrecord; train and val (or
+    test) in a folder, as folders or .beton, are those splits. Without it, `demo` draws its own."""
     hold_out: float = 0.1
     """Fraction of labelled images kept for the final kNN test where the folder has no test split."""
+    shuffle_block: int | None = None
+    """Images that are read on end, for records larger than the memory or on a disk that seeks; `python -m bench` names
+    a number. Blocks are shuffled, and 16 at a time mixed [default: any image is followed by any other]."""
     size: int = 224
     """Side of a view, pixels."""
     crop_area: tuple[float, float] = (0.08, 1.0)
@@ -94,8 +97,8 @@ class RunConfig:
     """Decides initial weights, order and distortions."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    decoder: Literal["auto", "dali", "torchvision"] = "auto"
-    """auto: DALI on a GPU, else torchvision."""
+    decoder: Literal["auto", "dali", "torchvision", "ffcv"] = "auto"
+    """auto: DALI on a GPU, else torchvision. ffcv: FFCV's loader, for a beton."""
     hw_decoder_load: float = 0.65
     """Fraction of the images that DALI gives to the GPU's JPEG engine, where it has one [DALI's default: 0.65]."""
     threads: int | None = None
@@ -120,10 +123,11 @@ class Pretrain:
 
     def check(self) -> None:
         """ValueError for what no run can be made of."""
-        area, sigma = self.data.crop_area, self.data.blur_sigma
+        area, sigma, block = self.data.crop_area, self.data.blur_sigma, self.data.shuffle_block
         wrong = {
             "--epochs": (self.optim.epochs, self.optim.epochs >= 1, "at least 1"),
             "--batch-size": (self.optim.batch_size, self.optim.batch_size >= 2, "at least 2, for batch statistics"),
+            "--shuffle-block": (block, block is None or block >= 1, "at least 1"),
             "--size": (self.data.size, self.data.size >= 1, "at least 1 pixel"),
             "--hold-out": (self.data.hold_out, 0 < self.data.hold_out < 1, "between 0 and 1"),
             "--crop-area": (area, 0 < area[0] <= area[1] <= 1, "a range in (0, 1]"),

@@ -66,6 +66,7 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
             threads=config.run.threads,
             seed=config.run.seed,
             shuffle=shuffle,
+            shuffle_block=config.data.shuffle_block,
             device=device,
         )
 
@@ -174,8 +175,7 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
     names = ("knn_top1_untrained", "knn_top1_pixels", "knn_top1_colour", "knn_top1_trained")
     scores: dict[str, float | None] = dict.fromkeys(names)
     if test_store is not None:
-        untrained, trained = build_model().backbone.eval(), model.backbone.eval()
-        features = dict(zip(names, (untrained, barlow.pixel_feature, barlow.colour_feature, trained), strict=True))
+        features = (build_model().backbone.eval(), barlow.pixel_feature, barlow.colour_feature, model.backbone.eval())
         with log.bar("kNN test") as bar:
 
             def test_views(store: Store, most: int) -> Iterator[Batch]:
@@ -184,7 +184,7 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
                 log.say_rejects("left out", {store.name(sample): reason for sample, reason in loader.bad.items()})
 
             bank, queries = test_views(train_store, _KNN_BANK), test_views(test_store, _KNN_QUERIES)
-            scores |= barlow.knn_accuracies(bank, queries, features)
+            scores |= barlow.knn_accuracies(bank, queries, dict(zip(names, features, strict=True)))
     summary = {
         "preset": preset,
         "device": device_name,
@@ -213,7 +213,7 @@ def open_stores(preset: str, config: Pretrain, log: RunLog) -> tuple[Store, Stor
         with log.bar("drawing the demo data set, once") as bar:
             train_folder, test_folder = pipeline.find_splits(pipeline.demo_folder(pipeline.cache_folder(), bar))
     else:
-        raise ValueError(f"{preset} needs a folder of images: --data DIR")
+        raise ValueError(f"{preset} needs images: --data DIR or FILE")
 
     def opened(folder: Path) -> Store:
         with log.bar(f"indexing {folder}") as bar:
@@ -223,13 +223,13 @@ def open_stores(preset: str, config: Pretrain, log: RunLog) -> tuple[Store, Stor
 
     train_store = opened(train_folder)
     if not train_store.classes:
-        log.say(f"{train_folder} has no class folders, or images beside them: no kNN test, which needs labels")
+        log.say(f"{train_folder} has no labels (or images beside class folders): no kNN test, which needs them")
         return train_store, None
     if test_folder is not None:
         test_store = opened(test_folder)
         if test_store.classes == train_store.classes:
             return train_store, test_store
-        log.say(f"{test_folder} has other class folders than {train_folder}: not used")
+        log.say(f"{test_folder} has other classes than {train_folder}: not used")
     share = min(config.data.hold_out, _KNN_QUERIES / len(train_store))
     train_part, test_part = pipeline.hold_out(train_store, share, config.run.seed)
     log.say(f"{len(test_part):,} images are kept out of training for the kNN test (--hold-out)")

@@ -3,6 +3,7 @@
 python -m bench                      the ladder on drawn photographs, the verdict, the peers
 python -m bench --data DIR --quick   on your images, within a minute
 torchrun --nproc-per-node 8 -m bench all ranks together, and what contention costs
+python -m bench convert              conversions, FFCV's writer beside ours
 python -m bench report               tables and plot of the committed results
 python -m bench doctor               what is installed, what is missing, and what it would bring
 """
@@ -27,6 +28,11 @@ def main(arguments: list[str]) -> int:
         from . import report
 
         return report.main(arguments[1:])
+    if arguments[:1] == ["convert"]:
+        with RunLog() as log:
+            with log.bar("loading torch"):
+                from . import convert
+            return convert.main(arguments[1:], log)
     from . import options
 
     config = options.parse(arguments)

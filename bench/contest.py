@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pipeline import DECODERS, Loader, barlow_twins, open_loader
+from pipeline import FOR_ANY_STORE, Loader, barlow_twins, open_loader
 from pipeline.images import image_size
 from runlog import Bar
 
@@ -79,7 +79,7 @@ def _entrants(encoded: list[bytes], size: int) -> list[Entrant]:
     found = [Entrant(peer.name, peer.packages, peer.differs, partial(peer.views, encoded)) for peer in peers(size)]
     small = f"nothing, but the images are JPEGs of at most {SMALL} px a side"
     stores = ("", "", _store(encoded)), (f", {SMALL} px", small, _store(ceilings.smaller(encoded, SMALL)))
-    for decoder, (suffix, differs, store) in product(DECODERS, stores):
+    for decoder, (suffix, differs, store) in product(FOR_ANY_STORE, stores):
         packages = ("nvidia-dali-cuda130",) if decoder == "dali" else ("simplejpeg", "torch", "numba")
         with suppress(ValueError):  # not installed
             loader = open_loader(  # in order: every image takes part, however many make the last batch

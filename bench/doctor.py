@@ -46,6 +46,7 @@ _PARTS = (
     Part("torchvision", "torchvision", "the backbones", "uv sync", needed=True),
     Part("simplejpeg", "simplejpeg", "decodes JPEGs on the CPU", "uv sync", needed=True),
     Part("numba", "numba", "distorts on the CPU, 10 times as fast as torch", "uv sync", needed=True),
+    Part("google_crc32c", "google-crc32c", "checksums of records", "uv sync", needed=True),
     Part("nvidia.dali", "nvidia-dali-cuda130", "decodes on the GPU", "uv sync (Linux on x86-64 only)"),
     Part(
         "ffcv",
@@ -53,6 +54,9 @@ _PARTS = (
         "reads beton files through FFCV's loader",
         "apt-get install libopencv-dev libturbojpeg0-dev pkg-config; uv sync --extra ffcv",
     ),
+    Part("pyarrow", "pyarrow", "converts Hugging Face's parquet files", "uv sync --extra convert"),
+    Part("fsspec", "fsspec", "converts what URLs name", "uv sync --extra convert"),
+    Part("distributed", "distributed", "converts on a Dask cluster", "uv sync --extra convert"),
     Part("lightly", "lightly", "a peer to measure against", "uv sync --group bench"),
     Part("kornia", "kornia", "a peer to measure against", "uv sync --group bench"),
     Part("matplotlib", "matplotlib", "draws `bench report`", "uv sync --group bench"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import model as barlow
-from pipeline import Loader, Recipe, Store, barlow_twins, open_loader
+from pipeline import Loader, Recipe, Store, Subset, barlow_twins, open_loader
 from pipeline.distort import distort
 from pipeline.machine import single_threaded_workers
 from pipeline.order import Samples
+from pipeline.stores.records import RecordStore
 from presets import ModelConfig, OptimConfig
 
 from .measure import Work, one_core
@@ -112,8 +113,8 @@ class Ladder:
     def forget_files(self) -> None:
         """Asks the system to drop the images from its memory, so that the next read goes to the disk."""
         os.sync()  # what is not yet written cannot be dropped
-        for sample in range(len(self.setting.store)):
-            with suppress(OSError), open(self.setting.store.name(sample), "rb") as file:
+        for path in _files(self.setting.store):
+            with suppress(OSError), open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def from_disk(self) -> float | None:
@@ -225,6 +226,12 @@ class Ladder:
         for _ in range(_FIRST_STEPS):
             train(*self.some_views(2))
         return train
+
+
+def _files(store: Store) -> Iterable[str | Path]:
+    """What is opened to read the images of a store."""
+    whole = store.store if isinstance(store, Subset) else store
+    return whole.files if isinstance(whole, RecordStore) else map(store.name, range(len(store)))
 
 
 @contextmanager

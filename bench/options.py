@@ -29,8 +29,8 @@ class Bench:
     """Images a step [default: 64 on a CPU, 32 with --quick, 512 on a GPU]."""
     preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
     """Whose network is trained [default: demo on a CPU, imagenet-1000e on a GPU]."""
-    decoder: Literal["auto", "dali", "torchvision"] = "auto"
-    """auto: DALI on a GPU, else torchvision."""
+    decoder: Literal["auto", "dali", "torchvision", "ffcv"] = "auto"
+    """auto: DALI on a GPU, else torchvision. ffcv: FFCV's loader, for a beton."""
     threads: int | None = None
     """Threads that decode [default: one a core, shared among the ranks of this machine]."""
     device: str = "auto"

@@ -31,23 +31,18 @@ def main(arguments: list[str]) -> int:
     records = [record.read(path) for path in files]
     if not records:
         raise ValueError("there are no records in bench/results: make one with `python -m bench --json FILE`")
-    print("\n\n".join(map(markdown, records)))
+    print("\n\n".join(markdown(result) if result.rungs else conversions(result) for result in records))
     if config.plot:
-        draw(records, config.plot)
+        draw([result for result in records if result.rungs], config.plot)
     return 0
 
 
 def markdown(result: Record) -> str:
     """The ladder, the peers and the verdict."""
-    m, s, d = result.machine, result.settings, result.data
-    gpu = (
-        f", {m.gpu} at {m.gpu_power_limit_w:.0f} W" if m.gpu and m.gpu_power_limit_w else f", {m.gpu}" if m.gpu else ""
-    )
+    m, s = result.machine, result.settings
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     lines = [
-        f"`{result.command}` at {result.commit}: {m.cpu}, {m.cores} cores{gpu}; {d.images:,} {d.name} of "
-        f"{d.mean_width:.0f} x {d.mean_height:.0f} px and {d.mean_bytes / 1000:.0f} kB; decoder {s['decoder']}, batch "
-        f"{s['batch_size']}, {s['network']} ({versions}).",
+        f"{_where(result)}; decoder {s['decoder']}, batch {s['batch_size']}, {s['network']} ({versions}).",
         "",
         *_table(
             ("rung", "images/s", "±", "per core" if not m.gpu else "per core or GPU", "reaches"),
@@ -64,6 +59,28 @@ def markdown(result: Record) -> str:
         headers = ("two views on one core", "images/s", "±", "to the authors'", "differs from the paper in")
         lines += ["", *_table(headers, rows)]
     return "\n".join(lines)
+
+
+def conversions(result: Record) -> str:
+    """What `python -m bench convert` has measured."""
+    rows = [
+        (c.name, show.number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}", c.differs or "itself")
+        for c in result.contenders
+    ]
+    lines = [f"{_where(result)}.", "", *_table(("conversion", "images/s", "±", "ratio", "to that of"), rows)]
+    return "\n".join(lines)
+
+
+def _where(result: Record) -> str:
+    """The command, the machine and the images."""
+    m, d = result.machine, result.data
+    gpu = (
+        f", {m.gpu} at {m.gpu_power_limit_w:.0f} W" if m.gpu and m.gpu_power_limit_w else f", {m.gpu}" if m.gpu else ""
+    )
+    return (
+        f"`{result.command}` at {result.commit}: {m.cpu}, {m.cores} cores{gpu}; {d.images:,} {d.name} of "
+        f"{d.mean_width:.0f} x {d.mean_height:.0f} px and {d.mean_bytes / 1000:.0f} kB"
+    )
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -15,6 +15,8 @@ import torch
 import pipeline
 from pipeline import Store
 from pipeline.images import BadImage, decode
+from pipeline.order import BLOCKS_MIXED
+from pipeline.stores.records import RecordStore
 from presets import PRESETS, Pretrain
 from runlog import RunLog
 
@@ -92,6 +94,8 @@ def measure(config: Bench, ranks: Ranks, log: RunLog) -> record.Record:
         sample = decodable(encoded[:_SAMPLE], store)
         if not sample:
             raise ValueError(f"none of the first {_SAMPLE} images decodes, the first: {store.name(0)}")
+        known = "bytes" in (whole.index.dtype.names or ())
+        size = float(whole.index["bytes"].sum(dtype=np.int64)) if known else mean_bytes * len(whole)
         feed = Feed(
             rates={},
             on_gpu=gpu,
@@ -99,7 +103,9 @@ def measure(config: Bench, ranks: Ranks, log: RunLog) -> record.Record:
             cores=threads,
             long_side=float(np.maximum(store.index["width"], store.index["height"]).mean()),
             smaller_decode=smaller_decode(sample),
-            cold=mean_bytes * len(whole) > 0.7 * 2**30 * record.memory_gib(),
+            cold=size > 0.7 * 2**30 * record.memory_gib(),
+            records=isinstance(whole, RecordStore),
+            block=shuffle_block(size / len(whole)),
         )
     rungs, feed = climb(ladder, feed, sample, ranks, config.quick, log)
     bad = {store.name(i): reason for i, reason in ladder.loader.bad.items()}
@@ -217,6 +223,11 @@ def climb(
         rung(STEP, ladder.step, chip, multiplied, "multiplying alone")
         rung(E2E, ladder.end_to_end, chip, parts(feed), "its parts in turn")
     return rungs, feed
+
+
+def shuffle_block(mean_bytes: float) -> int:
+    """Images in a block, to two digits, so that the blocks that are mixed are about 1 GiB."""
+    return max(1, int(float(f"{2**30 / BLOCKS_MIXED / mean_bytes:.2g}")))
 
 
 def decodable(encoded: Sequence[bytes], store: Store) -> list[bytes]:

@@ -43,6 +43,14 @@ def record(result: Record, log: RunLog) -> None:
         log.say(sentence)
 
 
+def conversions(result: Record, log: RunLog) -> None:
+    """What `python -m bench convert` has measured."""
+    m, d = result.machine, result.data
+    log.say(f"\n{m.cpu}, {m.cores} cores; {d.images:,} {d.name}, {d.mean_bytes / 1000:.0f} kB\n")
+    rows = [(c.name, number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}") for c in result.contenders]
+    log.console.print(_table(("conversion", "images/s", "+-", "to FFCV's"), rows))
+
+
 def row(rung: Rung, result: Record) -> tuple[str, str, str, str, str]:
     """Name, rate, spread, rate per core or GPU, and the fraction of the ceiling."""
     cores = {"cores": result.settings["threads"], "one core": 1}.get(rung.on, 1)

@@ -23,6 +23,8 @@ class Feed(NamedTuple):
     long_side: float  # mean, pixels
     smaller_decode: float | None  # decoding images of at most SMALL px a side: how many times as fast
     cold: bool  # the data are larger than the memory: the disk is read in every epoch
+    records: bool  # the data are in record files
+    block: int  # images to read on end, for `--shuffle-block`
 
 
 class Change(NamedTuple):
@@ -75,7 +77,10 @@ def changes(feed: Feed) -> list[Change]:
     if feed.smaller_decode is not None and feed.long_side > SMALL:
         crops = max(0, 1 / r[TWO_CROPS] - 1 / r[DECODE])
         decode = 1 / (1 / (r[DECODE] * feed.smaller_decode) + crops)
-        what = f"JPEGs of at most {SMALL} px a side instead of {feed.long_side:.0f}"
+        what = (
+            f"JPEGs of at most {SMALL} px a side instead of {feed.long_side:.0f} "
+            f"(`convert.py DATA TARGET --max-side {SMALL}`)"
+        )
         found.append(Change(what, gain(rates={**r, TWO_CROPS: decode}), False))
     if not feed.on_gpu:
         what = "a GPU for the step and the distortions"
@@ -84,6 +89,9 @@ def changes(feed: Feed) -> list[Change]:
         found.append(Change("`--decoder dali`", gain(rates={**r, TWO_CROPS: inf}), False, at_most=True))
     if feed.cold:
         found.append(Change("the data on a faster disk, or within the memory", gain(cold=False), True))
+        what = f"`--shuffle-block {feed.block}`, which reads records in long stretches"
+        what = what if feed.records else f"`convert.py DATA TARGET`, and then {what}"
+        found.append(Change(what, gain(cold=False), False, at_most=True))
     return sorted(found, key=lambda change: -change.gain)
 
 

@@ -15,22 +15,30 @@ from pathlib import Path
 
 import torch
 
-from .decoders import DECODERS, open_decoder
+from .decoders import DECODERS, FOR_ANY_STORE, open_decoder
 from .loader import Batch, Loader
 from .machine import describe_device, find_device, usable_cores
 from .picture import view_picture
 from .recipe import Recipe, barlow_twins, center_view
-from .stores import Store, Subset, at_most, cache_folder, fingerprint, hold_out
+from .stores import Progress, Store, Subset, at_most, cache_folder, fingerprint, hold_out
 from .stores.demo import demo_folder
-from .stores.folder import FolderStore, Progress, find_splits
+from .stores.folder import FolderStore, find_splits
+from .stores.formats import FORMATS, find_format
+from .stores.shard import Written
+from .stores.verify import verify_store
+from .stores.write import Report, write_store
 
 __all__ = [
     "DECODERS",
+    "FORMATS",
+    "FOR_ANY_STORE",
     "Batch",
     "Loader",
     "Recipe",
+    "Report",
     "Store",
     "Subset",
+    "Written",
     "at_most",
     "barlow_twins",
     "cache_folder",
@@ -44,16 +52,19 @@ __all__ = [
     "open_loader",
     "open_store",
     "usable_cores",
+    "verify_store",
     "view_picture",
+    "write_store",
 ]
 
 
 def open_store(path: str | Path, progress: Progress = lambda done, total: None) -> Store:
-    """The encoded images at `path`: a folder, with or without a sub-folder for each class.
+    """The encoded images at `path`: a folder, with or without a sub-folder for each class, or one of FORMATS.
 
     progress(done, total) is called while it is indexed. ValueError where there is nothing to train on.
     """
-    return FolderStore(Path(path), progress)
+    format = find_format(Path(path))
+    return FORMATS[format].open(Path(path), progress) if format else FolderStore(Path(path), progress)
 
 
 def open_loader(
@@ -68,6 +79,7 @@ def open_loader(
     rank: int = 0,
     world: int = 1,
     shuffle: bool = True,
+    shuffle_block: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Loader:
@@ -88,6 +100,7 @@ def open_loader(
         rank=rank,
         world=world,
         shuffle=shuffle,
+        shuffle_block=shuffle_block,
         device=device,
         dtype=dtype,
     )

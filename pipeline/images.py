@@ -7,6 +7,7 @@ JPEGs go through libjpeg-turbo by simplejpeg, bit-identical to Pillow and faster
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -19,19 +20,24 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound, 268 MB decoded. Larger is refused undecoded: 1 kB can claim any size.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")  # the last for the pixels that FFCV keeps in a beton
+PPM = b"P6\n%d %d\n255\n"  # width and height of the raw RGB pixels that follow
+
+Encoded = bytes | memoryview
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `image_size` refuses what it warns of
 
 
 class BadImage(ValueError):
     """An encoded image that cannot be used; the message says why."""
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """Height and width in pixels from the header of an encoded JPEG, PNG or WebP; `BadImage` where there is none."""
+def image_size(data: Encoded) -> tuple[int, int]:
+    """Height and width in pixels from the header of an encoded image of `_FORMATS`; `BadImage` where there is none."""
     size = _jpeg_size(data)
     if size is None:
-        with _open(data) as image:
+        with open_image(data) as image:
             size = image.height, image.width
     if 0 in size:
         raise BadImage(f"its size is {size[1]} x {size[0]} pixels")
@@ -40,7 +46,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     return size
 
 
-def decode(data: bytes, height: int, width: int) -> Tensor:
+def decode(data: Encoded, height: int, width: int) -> Tensor:
     """The pixels of an encoded image of that size, uint8 [3, height, width], channels last in memory.
 
     Raises `BadImage` for whatever does not decode completely, or not to the size that the index promised.
@@ -56,7 +62,7 @@ def decode(data: bytes, height: int, width: int) -> Tensor:
             if tuple(header_size) == found and colours in ("YCbCr", "RGB", "Gray"):  # CMYK is Pillow's as well
                 pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
                 return torch.from_numpy(pixels).permute(2, 0, 1)
-    with _open(data) as image:
+    with open_image(data) as image:
         return torch.from_numpy(_rgb(image)).permute(2, 0, 1)
 
 
@@ -78,7 +84,7 @@ def crop(pixels: Tensor, box: NDArray[np.float32], size: int, interpolation: str
     return F.interpolate(inside, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+def _jpeg_size(data: Encoded) -> tuple[int, int] | None:
     """Height and width from the first start-of-frame segment: ten times as fast as opening the image with Pillow.
 
     None where that is not found, or where samples have not 8 bits, which Pillow refuses.
@@ -97,13 +103,13 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _open(data: bytes) -> Iterator[Image.Image]:
+def open_image(data: Encoded) -> Iterator[Image.Image]:
     """`Image.open`, with whatever Pillow and its codecs raise inside the block as `BadImage`."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             yield image
     except UnidentifiedImageError:
-        raise BadImage("it is no JPEG, PNG or WebP that can be opened") from None
+        raise BadImage("it is no JPEG, PNG, WebP or BMP that can be opened") from None
     except Image.DecompressionBombError as error:
         raise BadImage(str(error)) from None
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import NamedTuple
@@ -19,11 +19,12 @@ from .decoders import Boxes, Decoder
 from .distort import distort
 from .images import BadImage, decode
 from .machine import Reservoir, single_threaded_workers
-from .order import Samples, epoch_order, replacements, step_positions, steps_per_epoch
+from .order import BLOCKS_MIXED, Samples, block_order, epoch_order, replacements, step_positions, steps_per_epoch
 from .recipe import Recipe, ViewParams, draw
 from .stores import Store
 
 _BATCHES_READY = 2  # distorted batches that wait for the consumer
+_FETCHED = 256  # samples that the store is asked to fetch at once: who closes the loader waits for no more
 _BAD_IN_A_ROW = 1000  # bad images without a good one between them: no longer a few that can be replaced
 
 
@@ -51,6 +52,9 @@ class Loader:
     With `shuffle`, every epoch is a permutation in batches of one size and the rest is dropped; a sample that turns
     out bad is replaced by a later one of the same epoch. Without it (evaluation) samples come in the store's order,
     the last batch is short, and a bad sample is left out. `bad` maps each bad sample found so far to the reason.
+
+    `shuffle_block` is the block of `epoch_order`, in samples. A store of records is then fetched ahead, one window of
+    blocks while another is used: two have to fit into the system's file cache. The ranks of a machine share them.
     """
 
     def __init__(
@@ -65,11 +69,14 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         shuffle: bool = True,
+        shuffle_block: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch size is {batch_size}: it must be at least 1")
+        if shuffle_block is not None and shuffle_block < 1:
+            raise ValueError(f"blocks of {shuffle_block} samples cannot be shuffled: they must have at least 1")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is outside a world of {world}")
         if shuffle and len(store) < batch_size * world:
@@ -79,7 +86,7 @@ class Loader:
             )
         self.store, self.recipe, self.decoder, self.threads = store, recipe, decoder, threads
         self.batch_size, self.seed, self.rank, self.world, self.shuffle = batch_size, seed, rank, world, shuffle
-        self.device, self.dtype = torch.device(device), dtype
+        self.shuffle_block, self.device, self.dtype = shuffle_block, torch.device(device), dtype
         self.bad: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -144,22 +151,26 @@ class Loader:
             stop.set()
             thread.join()
 
-    def plan(self, first: int, last: int) -> Iterator[Step]:
+    def plan(self, first: int, last: int) -> Generator[Step, None, None]:
         """What is decided about the steps first <= step < last before anything is read."""
         order, ordered_epoch = np.arange(len(self.store), dtype=np.int64), -1
         for step in range(first, last):
             epoch, step_of_epoch = divmod(step, len(self))
             if self.shuffle and epoch != ordered_epoch:
-                order, ordered_epoch = epoch_order(len(self.store), self.seed, epoch), epoch
+                order = epoch_order(len(self.store), self.seed, epoch, self.shuffle_block)
+                ordered_epoch = epoch
             positions = step_positions(step_of_epoch, self.batch_size, self.rank, self.world)
             yield self._plan(epoch, order, positions[positions < len(order)])
 
     def _batches(self, first: int, last: int) -> Generator[Batch, None, None]:
         """Plan -> decode -> repair -> distort. The plan runs ahead of the batches by as much as the decoder likes."""
         planned: deque[Step] = deque()
+        steps = self.plan(first, last)
+        if self.shuffle and self.shuffle_block and hasattr(self.store, "prefetch"):
+            steps = self._fetch_ahead(steps, self.shuffle_block, self.store.prefetch)
 
         def plan() -> Iterator[tuple[Samples, Boxes]]:
-            for step in self.plan(first, last):
+            for step in steps:
                 planned.append(step)
                 yield step.samples, step.params.boxes
 
@@ -175,8 +186,33 @@ class Loader:
                     yield self._finish(step, crops, pool, memory)
         finally:
             stream.close()
+            steps.close()
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
+
+    def _fetch_ahead(
+        self, steps: Iterator[Step], block: int, prefetch: Callable[[int, int], None]
+    ) -> Generator[Step, None, None]:
+        """The same steps; the store fetches each window of blocks while the one before it is used, once an epoch.
+
+        In a thread, which waits for the disk. An error there is nobody's loss: reading the samples meets it again.
+        """
+        n, epoch, asked = len(self.store), -1, 0  # asked: so many blocks of that epoch's order
+        pool = ThreadPoolExecutor(1, "prefetch")
+        try:
+            for step in steps:
+                first, last = (BLOCKS_MIXED * (int(p) // (BLOCKS_MIXED * block)) for p in step.positions[[0, -1]])
+                if step.epoch != epoch:
+                    epoch, asked, order = step.epoch, first, block_order(n, self.seed, step.epoch, block)
+                until = last + 2 * BLOCKS_MIXED  # this window and the next, which begins sooner behind the short block
+                for number in order[asked:until].tolist():
+                    end = min((number + 1) * block, n)
+                    for sample in range(number * block, end, _FETCHED):
+                        pool.submit(prefetch, sample, min(sample + _FETCHED, end))
+                asked = until
+                yield step
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _plan(self, epoch: int, order: Samples, positions: Samples) -> Step:
         """The samples at those positions, known bad ones replaced (or left out, without `shuffle`), and their draws."""

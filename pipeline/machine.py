@@ -7,9 +7,9 @@ import os
 import re
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Barrier, Lock
 
@@ -90,11 +90,11 @@ def single_threaded_workers(threads: int, name: str) -> ThreadPoolExecutor:
     torch's own (OpenMP) threads wait for each other by spinning. On a core that something else needs as well, each
     operation then waits for a whole scheduler slice: distorting 48-pixel views took 100 times as long (bench/NOTES.md).
 
-    `torch.set_num_threads` holds for the calling thread, but also becomes the default of threads made later: it is
-    given back once all workers have started, before another caller can take it for the usual number.
+    The workers have all started when they are given out: see `torch_threads_kept`.
     """
-    with _STARTING:
-        here = torch.get_num_threads()
+    if threads < 1:
+        raise ValueError(f"{threads} threads: at least 1 is needed")
+    with torch_threads_kept():
         pool = ThreadPoolExecutor(threads, f"twinfeed-{name}", initializer=_use_one_thread)
         all_started = Barrier(threads + 1)
         try:
@@ -105,9 +105,22 @@ def single_threaded_workers(threads: int, name: str) -> ThreadPoolExecutor:
             all_started.abort()
             pool.shutdown()
             raise
+    return pool
+
+
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Undoes `torch.set_num_threads` at the end, by whichever thread it was called.
+
+    It holds for the calling thread, but also becomes the default of threads made later: it is given back before another
+    caller can take it for the usual number.
+    """
+    with _STARTING:
+        here = torch.get_num_threads()
+        try:
+            yield
         finally:
             torch.set_num_threads(here)
-    return pool
 
 
 def _use_one_thread() -> None:

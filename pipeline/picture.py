@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from PIL import Image
-from torchvision.utils import make_grid
 
 from .decoders.torchvision import TorchvisionDecoder
 from .loader import Loader
@@ -22,6 +21,8 @@ def view_picture(store: Store, recipe: Recipe, seed: int = 0, images: int = 8) -
     The distortions are drawn like those of training, for samples renumbered here. None where no image decodes.
     """
     pictured = Subset(store, epoch_order(len(store), seed, 0)[:_CANDIDATES])
+    from torchvision.utils import make_grid  # seconds to import, and whoever converts needs no picture
+
     rows = []
     for shown in (center_view(recipe.size), recipe):
         decoder = TorchvisionDecoder(pictured, shown, threads=1)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import io
 import json
 import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +64,47 @@ def write_photos(root: Path, count: int, classes: int = 3) -> Path:
     return root
 
 
+def needed(module: str) -> Any:
+    """That module, or a skipped test where it is missing; a failed one where everything has to be installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it thinks of the libraries that it imports
+            return importlib.import_module(module)
+    except ImportError as error:
+        if os.environ.get("TWINFEED_CI"):
+            pytest.fail(f"{module} cannot be imported: {error}")
+        pytest.skip(f"needs {module}: {error}")
+
+
+@pytest.fixture
+def ffcv() -> Iterator[Any]:
+    """The library, without what its loaders do to torch's threads, here and in the threads of the tests to come."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield needed("ffcv")
+    gc.collect()  # its loaders lie in circles; here warnings about them are expected
+    torch.set_num_threads(threads)
+
+
+def as_records(store: Any, folder: Path) -> Any:
+    """The images of a store in the plainest record files there could be: one after the other, in two files."""
+    from pipeline.stores.index import ROW
+    from pipeline.stores.records import RecordStore
+
+    rows, files = np.zeros(len(store), ROW), [folder / "0.records", folder / "1.records"]
+    for name in ("label", "height", "width"):
+        rows[name] = store.index[name]
+    contents = [b"", b""]
+    for i, data in enumerate(store.read_batch(np.arange(len(store)))):
+        file = i // -(-len(store) // 2)
+        rows["file"][i], rows["offset"][i], rows["bytes"][i] = file, len(contents[file]), len(data)
+        contents[file] += data
+    for path, content in zip(files, contents, strict=True):
+        path.write_bytes(content)
+    return RecordStore(folder, files, rows, store.classes)
+
+
 def decoder_of(name: str, store: Any, recipe: Any, threads: int = 2) -> Any:
     import torch
 
@@ -81,17 +126,17 @@ Train = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Train]:
-    """`train.py` in this process, from an empty folder: (exit status, everything it said)."""
+def run_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Train]:
+    """A verb, by its name, in this process, from an empty folder: (exit status, everything it said)."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.delenv("TWINFEED_TRACEBACK", raising=False)
 
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    def run(name: str, *arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         status: Any = 0
         try:
-            runpy.run_path(str(TRAIN), run_name="__main__")
+            runpy.run_path(str(TRAIN.with_name(f"{name}.py")), run_name="__main__")
         except SystemExit as end:
             status = end.code or 0
         said = capsys.readouterr()
@@ -102,6 +147,18 @@ def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     yield run
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def train(run_verb: Train) -> Train:
+    """`train.py` in this process, from an empty folder: (exit status, everything it said)."""
+    return partial(run_verb, "train")
+
+
+@pytest.fixture
+def convert(run_verb: Train) -> Train:
+    """`convert.py`, likewise."""
+    return partial(run_verb, "convert")
 
 
 @pytest.fixture(scope="session")
@@ -159,3 +216,57 @@ def refused(result: tuple[int, str], *words: str) -> None:
     (error,) = [i for i, line in enumerate(lines) if line.startswith("error: ")]
     assert error == len(lines) - 1, text
     assert not [word for word in words if word not in lines[-1]], text
+
+
+# ── record formats ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+JPEGS = [encoded(picture(20 + 3 * i, 40 - 2 * i, seed=i), quality=60 + 3 * i) for i in range(9)]
+LABELS = [3, -1, 0, 1000, 7, 7, -1, 12, 999_999]
+
+
+def write_records(path: Path, format: Any, images: Sequence[bytes] = JPEGS, labels: Sequence[int] = LABELS) -> Path:
+    """What convert.py does: some of JPEGS, in one file."""
+    with path.open("wb") as file:
+        file.write(format.begin(len(images)))
+        for key, (image, label) in enumerate(zip(images, labels, strict=True)):
+            width, height = Image.open(io.BytesIO(image)).size
+            before, after = format.frame(file.tell(), key, f"a/{key}.jpg", label, height, width, image, 0)
+            file.write(before + image + after)
+        format.finish(file, np.zeros(0))
+    return path
+
+
+def opened(path: Path, format: Any) -> Any:
+    return format.open(path, lambda done, total: None)
+
+
+def images_of(store: Any) -> list[bytes]:
+    return store.read_batch(np.arange(len(store)))
+
+
+def check_mutations(file: Path, format: Any, count: int = 100) -> None:
+    """Bits turned, cut, and spliced: a ValueError, or samples; and beside the file nothing but its sidecar."""
+    rng, good, refused = np.random.default_rng(5), file.read_bytes(), 0
+    file.unlink()
+    for number in range(count):
+        data = bytearray(good)
+        a, b, length = (int(x) for x in rng.integers(0, len(good), 3))
+        if number % 3 == 0:
+            for at in rng.integers(0, len(good), 1 + number // 6):
+                data[at] ^= 1 << int(rng.integers(8))
+        elif number % 3 == 1:
+            del data[a:]
+        else:
+            data[a : a + length % 2000] = good[b : b + length % 3000]
+        bad = file.with_name(f"{number}{file.suffix}")
+        bad.write_bytes(data)
+        try:
+            store = opened(bad, format)
+        except ValueError as error:
+            assert str(bad) in str(error)  # noqa: PT017
+            refused += 1
+        else:
+            assert all(isinstance(image, bytes) for image in images_of(store))
+            assert all(store.name(i) for i in range(len(store)))
+    assert count // 4 < refused
+    assert {path.suffix for path in file.parent.iterdir()} <= {file.suffix, ".idx"}

@@ -22,7 +22,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from conftest import encoded, picture, refused, write_photos
+from conftest import as_records, encoded, picture, refused, write_photos
 from PIL import Image
 from rich.console import Console
 
@@ -37,6 +37,7 @@ from bench.verdict import (
     COPY,
     CORES,
     DECODE,
+    DISK,
     DISTORT,
     E2E,
     FEED,
@@ -450,6 +451,25 @@ def test_a_cold_read_comes_from_the_disk(forty: Path, monkeypatch: pytest.Monkey
     assert ladder.from_disk() == 0
 
 
+def test_a_cold_read_of_records_comes_from_the_disk(forty: Path, tmp_path: Path) -> None:
+    """Of part of them as well: the whole file is dropped."""
+    records = as_records(pipeline.open_store(forty), tmp_path)
+    if not on_a_disk(records.files[0]):
+        pytest.skip("the temporary folder is not on a disk whose reads are counted")
+    preset = PRESETS["demo"]()
+    for store in (records, pipeline.at_most(30, records)):
+        setting = Setting(store, 24, 8, "torchvision", 1, CPU, preset.model, preset.optim)
+        assert (Ladder(setting).from_disk() or 0) > 0.9
+
+
+def test_data_larger_than_the_memory_are_read_from_the_disk_in_every_epoch(
+    bench: Bench, forty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "memory_gib", lambda: 1e-6)
+    found, _ = measured(bench, forty, "--no-peers")
+    assert found.bounds.keys() == {CORES, DISK}
+
+
 def test_decode_does_whole_images_and_crops_what_the_recipe_says(forty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen from inside: the pixels that leave `decode`, and the size of what is cut out of them."""
     from pipeline.decoders import torchvision
@@ -782,7 +802,7 @@ def test_all_take_part_and_are_compared_with_the_authors_turn_by_turn() -> None:
     with RunLog() as log, log.bar("contest") as bar:
         found = contest.contest([encoded(picture(9, 9), "PNG"), *pictures], 24, True, bar)
     names = [c.name for c in found]
-    ours = {f"twinfeed, {d}{small}" for d in pipeline.DECODERS for small in ("", ", 400 px")}
+    ours = {f"twinfeed, {d}{small}" for d in pipeline.FOR_ANY_STORE for small in ("", ", 400 px")}
     if not pipeline_has("nvidia-dali-cuda130"):
         ours = {name for name in ours if "dali" not in name}
     assert names[: len(names) - len(ours)] == [peer.name for peer in peers(24)]

@@ -204,7 +204,7 @@ def crashing_jpegs() -> dict[str, bytes]:
 def test_bad_images_are_found_before_dali_sees_them() -> None:
     """In batches of 64, where headers that DALI refuses would end this process."""
     bad = [data for data, _ in BAD.values()] + list(crashing_jpegs().values())
-    bad += [b"P6\n41 30\n255\n" + bytes(3 * 41 * 30), b"P6\n9 9\n255\n"]  # a format of ours, not of the stores
+    bad += [b"P6\n41 30\n255\n" + bytes(3 * 41 * 29), b"P6\n9 9\n255\n"]
     images = [FORMATS["jpeg"]] * 64
     places = np.random.default_rng(0).permutation(64)[: len(bad)]
     for place, data in zip(places, bad, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_photos
+from conftest import as_records, write_photos
 
-from pipeline import DECODERS, Batch, Loader, Store, Subset, barlow_twins, center_view, open_loader, open_store
+import pipeline.loader
+from bench.ladder import _bytes_from_disk
+from pipeline import FOR_ANY_STORE, Batch, Loader, Store, Subset, barlow_twins, center_view, open_loader, open_store
 from pipeline.machine import single_threaded_workers
 from pipeline.order import Samples, epoch_order
+from pipeline.stores.index import ROW
+from pipeline.stores.records import RecordStore
 
 SEED, BATCH = 7, 6
 RECIPE = barlow_twins(24)
@@ -59,7 +64,7 @@ def test_a_batch_holds_two_views_and_the_labels_of_its_samples(photos: Path) -> 
     assert loader.bad == {}
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_without_shuffle_samples_come_in_order_and_the_last_batch_is_short(photos: Path, decoder: str) -> None:
     loader = loader_of(open_store(photos), 16, shuffle=False, decoder=decoder)
     assert len(loader) == 4
@@ -82,7 +87,7 @@ def test_views_come_in_the_type_asked_for(photos: Path) -> None:
         assert b.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_a_loader_can_be_run_again_and_twice_at_once(photos: Path, decoder: str) -> None:
     loader = loader_of(open_store(photos), 20, decoder=decoder)
     once = list(loader.epoch(0))
@@ -97,6 +102,7 @@ def test_a_loader_can_be_run_again_and_twice_at_once(photos: Path, decoder: str)
         ({"batch_size": 0}, "batch size is 0: it must be at least 1"),
         ({"batch_size": 61}, "60 images are fewer than one batch of 61: take a batch size of at most 60"),
         ({"batch_size": 31, "world": 2}, "60 images are fewer than one batch of 62: take a batch size of at most 30"),
+        ({"shuffle_block": 0}, "blocks of 0 samples cannot be shuffled: they must have at least 1"),
         ({"rank": 2, "world": 2}, "rank 2 is outside a world of 2"),
         ({"decoder": "jpeg9000"}, "unknown decoder 'jpeg9000': choose auto or .*torchvision"),
     ],
@@ -105,6 +111,125 @@ def test_a_loader_can_be_run_again_and_twice_at_once(photos: Path, decoder: str)
 def test_impossible_settings_are_refused_with_the_remedy(photos: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loader_of(open_store(photos), **options)
+
+
+# ── fetching ahead ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Fetching(Subset):
+    """A store that notes what it is asked for, and what has been read by then."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, np.arange(len(store)))
+        self.asked: list[int] = []
+        self.missing: list[int] = []
+
+    def prefetch(self, first: int, last: int) -> None:
+        assert 0 <= first < last <= len(self)
+        self.asked += range(first, last)
+
+    def read_batch(self, samples: Samples) -> list[bytes]:
+        self.missing += set(samples.tolist()) - set(self.asked)
+        return super().read_batch(samples)
+
+
+class AtOnce:
+    """An executor that keeps nothing for later."""
+
+    def __init__(self, workers: int, name: str) -> None: ...
+
+    def submit(self, function: Callable[..., None], *arguments: int) -> None:
+        function(*arguments)
+
+    def shutdown(self, cancel_futures: bool) -> None: ...
+
+
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
+@pytest.mark.parametrize(("world", "block"), [(1, 7), (2, 7), (1, 1), (1, 60)])
+def test_each_window_is_asked_for_once_an_epoch_and_before_it_is_read(
+    photos: Path, decoder: str, world: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks make a window here, so that there are many."""
+    for module in (pipeline.order, pipeline.loader):
+        monkeypatch.setattr(module, "BLOCKS_MIXED", 2)
+    monkeypatch.setattr(pipeline.loader, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(pipeline.loader, "_FETCHED", 5)
+    for rank in range(world):
+        store = Fetching(open_store(photos))
+        loader = loader_of(store, 6 // world, shuffle_block=block, decoder=decoder, rank=rank, world=world)
+        for epoch in range(3):
+            store.asked.clear()
+            list(loader.epoch(epoch))
+            assert store.missing == []
+            assert sorted(store.asked) == list(range(60))
+        store.asked.clear()
+        list(loader.epoch(0, 5))  # as after a resume, in the middle of the order
+        assert store.missing == []
+        assert len(store.asked) == len(set(store.asked))
+        gone = [int(sample) for sample in epoch_order(60, SEED, 0, block)[: 30 - 2 * block]]
+        assert set(store.asked).isdisjoint(gone)
+
+
+def test_no_more_than_one_window_is_asked_for_ahead(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (pipeline.order, pipeline.loader):
+        monkeypatch.setattr(module, "BLOCKS_MIXED", 2)
+    monkeypatch.setattr(pipeline.loader, "ThreadPoolExecutor", AtOnce)
+    store = Fetching(open_store(photos))
+    loader = loader_of(store, shuffle_block=5)
+    asked = [len(store.asked) for _ in loader._fetch_ahead(loader.plan(0, 10), 5, store.prefetch)]
+    assert asked == [20, 30, 30, 40, 40, 50, 60, 60, 60, 60]  # windows of 10, batches of 6: 12 reaches into the second
+
+
+def test_records_in_blocks_are_the_batches_of_the_folder_in_blocks(photos: Path, tmp_path: Path) -> None:
+    folder = open_store(photos)
+    records = as_records(folder, tmp_path)
+    expected = list(loader_of(folder, shuffle_block=1).epoch(2))
+    assert torch.cat([b.samples for b in expected]).tolist() == epoch_order(60, SEED, 2, 1).tolist()
+    assert_same(list(loader_of(records, shuffle_block=1).epoch(2)), expected)
+    assert len(list(loader_of(Subset(records, np.arange(3, 50)), shuffle_block=1).epoch(0))) == 7
+    assert len(list(loader_of(records, shuffle_block=1, shuffle=False).epoch(0))) == 10
+
+
+def test_fetching_that_fails_or_hangs_on_changes_nothing(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Fetching, first: int, last: int) -> None:
+        threading.Event().wait(0.05)
+        raise OSError("the disk is on fire")
+
+    expected = list(loader_of(open_store(photos), shuffle_block=1).epoch(0))
+    monkeypatch.setattr(Fetching, "prefetch", fail)
+    loader, before = loader_of(Fetching(open_store(photos)), shuffle_block=1), set(threading.enumerate())
+    assert_same(list(loader.epoch(0)), expected)
+    close(loader)
+    assert set(threading.enumerate()) == before
+
+
+def test_a_subset_of_records_has_what_lies_around_its_samples_fetched(photos: Path) -> None:
+    store = Fetching(open_store(photos))
+    Subset(store, np.array([3, 5, 8, 20])).prefetch(1, 3)
+    assert store.asked == [5, 6, 7, 8]
+    Subset(open_store(photos), np.arange(4)).prefetch(0, 4)  # a folder fetches nothing, and does not mind
+
+
+def test_all_that_is_asked_for_is_fetched_from_the_disk(tmp_path: Path) -> None:
+    """More than Linux fetches at one request, whatever is asked for: what the disk takes at once, 8 MiB where seen."""
+    image, path = bytes(100_000), tmp_path / "a.records"
+    path.write_bytes(bytes(50_000) + 400 * image)
+    rows = np.zeros(400, ROW)
+    rows["bytes"], rows["offset"] = len(image), 50_000 + len(image) * np.arange(400)
+    store = RecordStore(path, [path], rows, [])
+
+    def read(work: Callable[[], object]) -> int:
+        """Bytes that the disk gives."""
+        os.sync()
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            before = _bytes_from_disk()
+            work()
+            return (_bytes_from_disk() or 0) - (before or 0)
+
+    if not read(path.read_bytes):
+        pytest.skip("the temporary folder is not on a disk whose reads are counted")
+    assert 38e6 < read(lambda: store.prefetch(10, 390)) < 39e6
 
 
 # ── images that turn bad ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,7 +250,7 @@ def spoil(store: Store, samples: list[int]) -> None:
 REASONS = ("truncated", "cannot be read, or is empty", "when it was indexed")
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 @pytest.mark.parametrize(
     ("spoilt", "stand_ins"),
     [  # positions in the order of epoch 0: p is replaced by p + 6, p + 12, ... modulo 26; batches of 6
@@ -187,7 +312,7 @@ def test_a_stand_in_has_the_views_of_its_own_sample(own_photos: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["found out", "known before"])
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_without_shuffle_bad_images_are_left_out(own_photos: Path, decoder: str, known: bool) -> None:
     store = open_store(own_photos)
     good = list(loader_of(store, shuffle=False, decoder=decoder).epoch(0))
@@ -206,7 +331,7 @@ def test_without_shuffle_bad_images_are_left_out(own_photos: Path, decoder: str,
             torch.testing.assert_close(a, b[kept], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_where_no_image_is_left_the_error_names_files(own_photos: Path, decoder: str) -> None:
     store = open_store(own_photos)
     for i in range(26):
@@ -269,7 +394,7 @@ def fail_in_the_consumer(loader: Loader) -> None:
 
 
 @pytest.mark.parametrize("leave", [break_out, close, drop, never_begin, run_out, fail_in_the_consumer])
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_no_thread_outlives_its_iterator(photos: Path, decoder: str, leave: Callable[[Loader], None]) -> None:
     loader = loader_of(open_store(photos), decoder=decoder)
     before = set(threading.enumerate())
@@ -278,7 +403,7 @@ def test_no_thread_outlives_its_iterator(photos: Path, decoder: str, leave: Call
         assert set(threading.enumerate()) == before
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_an_error_while_reading_reaches_the_consumer_and_leaves_no_thread(photos: Path, decoder: str) -> None:
     order = epoch_order(60, SEED, 0)
     before = set(threading.enumerate())
@@ -312,7 +437,7 @@ def threads_of_torch() -> tuple[int, int]:
     return torch.get_num_threads(), elsewhere[0]
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_torchs_own_threads_stay_as_they_were(photos: Path, decoder: str) -> None:
     usual = torch.get_num_threads()
     torch.set_num_threads(3)

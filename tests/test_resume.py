@@ -90,6 +90,24 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_to_the_bit_where_it_would_have(
     assert summary_of(run)["loss_last"] == losses[1][-1]
 
 
+def test_a_run_in_blocks_goes_on_in_its_blocks(
+    train: Train, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--data", flat, *TINY, "--epochs", "2", "--lr", "6", "--log-steps", "1"]
+    blocks = [*options, "--shuffle-block", "1"]
+    for run, these in (("plain", options), ("whole", blocks)):
+        status, text = train(*these, "--run", tmp_path / run)
+        assert status == 0, text
+    assert not same_weights(tmp_path / "plain", tmp_path / "whole")
+    at_step(monkeypatch, 6, ctrl_c)
+    assert train(*blocks, "--run", tmp_path / "run")[0] == 130
+    for other in (options, [*options, "--shuffle-block", "2"]):
+        refused(train(*other, "--run", tmp_path / "run", "--resume"), "shuffle_block: 1 when it was saved")
+    status, text = train(*blocks, "--run", tmp_path / "run", "--resume")
+    assert status == 0, text
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
 def test_ctrl_c_outside_the_loop_ends_quietly(
     train: Train, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY, Train, at_step, ctrl_c, summary_of, write_photos
 
 import model
-from pipeline import DECODERS, barlow_twins, open_loader, open_store
+from pipeline import FOR_ANY_STORE, barlow_twins, open_loader, open_store
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def held() -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
 def test_thousands_of_steps_of_a_loader_leave_nothing_behind(tmp_path: Path, decoder: str) -> None:
     """Left in mid-epoch, closed or just dropped; begun again at any step; images turning bad, and good again."""
     store = open_store(write_photos(tmp_path, IMAGES))

@@ -166,7 +166,7 @@ def test_unreadable_images_are_left_out_with_the_reason(tmp_path: Path) -> None:
         assert store.index["label"].tolist() == [0, 1]
         assert list(store.rejects) == ["a/empty.jpg", "b/cut.png", "b/page.jpg"]
         assert all(store.rejects.values())
-        assert "no JPEG, PNG or WebP" in store.rejects["b/page.jpg"]
+        assert "no JPEG, PNG, WebP or BMP" in store.rejects["b/page.jpg"]
 
 
 def test_folders_without_a_usable_image_are_refused_by_name(tmp_path: Path) -> None:

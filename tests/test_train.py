@@ -133,7 +133,7 @@ def sixteen_bits() -> bytes:
     return encoded(image, "PNG")
 
 
-@pytest.mark.parametrize("decoder", pipeline.DECODERS)
+@pytest.mark.parametrize("decoder", pipeline.FOR_ANY_STORE)
 def test_odd_images_are_trained_on_or_reported_and_the_rest_goes_on(train: Train, tmp_path: Path, decoder: str) -> None:
     folder, run = write_photos(tmp_path / "photos", 40, classes=1), tmp_path / "run"
     good = encoded(picture(60, 60), quality=90)
@@ -217,6 +217,7 @@ BAD_OPTIONS = {
     "--hold-out 1": ("--hold-out", "1", "between"),
     "--crop-area 0.5 0.1": ("--crop-area", "0.5", "range"),
     "--log-steps 0": ("--log-steps", "at least 1"),
+    "--shuffle-block 0": ("--shuffle-block", "0", "at least 1"),
     "--threads 0": ("--threads", "0", "at least 1"),
     "--hw-decoder-load 65": ("--hw-decoder-load", "65", "from 0 to 1"),
     "--projector 32-x": ("projector", "32-x", "8192-8192-8192"),

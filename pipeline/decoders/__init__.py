@@ -17,7 +17,8 @@ from ..stores import Store
 Boxes = NDArray[np.float32]  # [V, B, 4]
 Crops = tuple[Tensor, NDArray[np.bool_]]
 
-DECODERS = ("dali", "torchvision")
+FOR_ANY_STORE = ("dali", "torchvision")
+DECODERS = (*FOR_ANY_STORE, "ffcv")  # FFCV reads betons alone
 
 
 class Decoder(Protocol):
@@ -36,7 +37,7 @@ def open_decoder(
 ) -> Decoder:
     """The decoder of that name; `auto` is DALI on a GPU, where it is installed, and torchvision elsewhere.
 
-    DALI decodes on `device`, with a share of `hw_decoder_load` on the GPU's JPEG engine; torchvision on the CPU.
+    DALI decodes on `device`, with a share of `hw_decoder_load` on the GPU's JPEG engine; the others on the CPU.
     """
     if name not in ("auto", *DECODERS):
         raise ValueError(f"unknown decoder {name!r}: choose auto or {', '.join(DECODERS)}")
@@ -53,4 +54,11 @@ def open_decoder(
             why = f"DALI cannot be imported: {error}"
             if asked:
                 raise ValueError(f"{why}. `pip install nvidia-dali-cuda130`, or choose another decoder") from None
+    if name == "ffcv":
+        try:
+            from .ffcv import FfcvDecoder
+        except ImportError as error:
+            remedy = "`apt-get install libopencv-dev libturbojpeg0-dev pkg-config` and `uv sync --extra ffcv`"
+            raise ValueError(f"FFCV cannot be imported: {error}. {remedy}, or choose another decoder") from None
+        return FfcvDecoder(store, recipe, threads, why)
     return TorchvisionDecoder(store, recipe, threads, why)

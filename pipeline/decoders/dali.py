@@ -21,7 +21,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from ..images import BadImage, decode
+from ..images import PPM, BadImage, decode
 from ..machine import single_threaded_workers
 from ..order import Samples
 from ..recipe import CenterCrop, Recipe
@@ -30,8 +30,7 @@ from . import Boxes, Crops
 
 _BATCHES_AHEAD = 2  # in DALI; one more is being read
 _INTERPOLATION = {"bicubic": types.DALIInterpType.INTERP_CUBIC, "bilinear": types.DALIInterpType.INTERP_LINEAR}
-_PPM = b"P6\n%d %d\n255\n"  # width and height of the raw RGB pixels that follow
-_STAND_IN, _STAND_IN_BOX = np.frombuffer(_PPM % (1, 1) + bytes(3), dtype=np.uint8), (0, 0, 1, 1)  # for what is bad
+_STAND_IN, _STAND_IN_BOX = np.frombuffer(PPM % (1, 1) + bytes(3), dtype=np.uint8), (0, 0, 1, 1)  # for what is bad
 
 # JPEG markers: frames that every decoder knows (Huffman-coded, sequential or progressive), and what may stand beside.
 _FRAMES, _SCAN, _ADOBE = (0xC0, 0xC1, 0xC2), 0xDA, 0xEE
@@ -167,7 +166,7 @@ def _pixels(data: bytes, row: Any) -> bytes | None:
         pixels = decode(data, int(row["height"]), int(row["width"]))  # [3, H, W]
     except BadImage:
         return None
-    return _PPM % (pixels.shape[2], pixels.shape[1]) + pixels.permute(1, 2, 0).numpy().tobytes()
+    return PPM % (pixels.shape[2], pixels.shape[1]) + pixels.permute(1, 2, 0).numpy().tobytes()
 
 
 def is_ordinary(data: bytes, row: Any) -> bool:

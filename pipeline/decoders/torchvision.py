@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..images import BadImage, crop, decode
+from ..images import BadImage, Encoded, crop, decode
 from ..machine import Reservoir, single_threaded_workers
 from ..order import Samples
 from ..recipe import CenterCrop, Recipe
@@ -49,7 +49,7 @@ class TorchvisionDecoder:
     def _some(self, samples: Samples, boxes: Boxes, crops: Tensor) -> list[bool]:
         """Fills in the crops; which of the samples were good."""
         good = []
-        for i, (data, row) in enumerate(zip(self.store.read_batch(samples), self.store.index[samples], strict=True)):
+        for i, (data, row) in enumerate(zip(self._encoded(samples), self.store.index[samples], strict=True)):
             try:
                 pixels = decode(data, int(row["height"]), int(row["width"]))
             except BadImage:
@@ -59,6 +59,9 @@ class TorchvisionDecoder:
                 crops[view, i] = crop(pixels, box, self.size, self.interpolation, reads_outside=self.reads_outside)
             good.append(True)
         return good
+
+    def _encoded(self, samples: Samples) -> Sequence[Encoded]:
+        return self.store.read_batch(samples)
 
 
 def _finished(crops: Tensor, futures: list[Future[list[bool]]]) -> Crops:

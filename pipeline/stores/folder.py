@@ -1,4 +1,4 @@
-"""A folder of JPEG, PNG and WebP files, nested to any depth; the first level of sub-folders names the classes.
+"""A folder of JPEG, PNG, WebP and BMP files, nested to any depth; the first level of sub-folders names the classes.
 
 Opening one walks it, and reads the header of each file that is new or changed since the last time: sizes are needed
 before decoding, to draw crops. What was found is kept in the cache folder.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -20,15 +21,13 @@ from numpy.typing import NDArray
 
 from ..images import SUFFIXES, BadImage, image_size
 from ..order import Samples
-from . import cache_folder
+from . import Progress, cache_folder, join_names, split_names
 
 _INDEX = np.dtype([("label", "i4"), ("height", "i4"), ("width", "i4"), ("bytes", "i8"), ("modified_ns", "i8")])
 _PROBES = 512  # files handed to the threads at a time: a million at once would take gigabytes of bookkeeping
 _HEADER_BYTES = 16_384  # enough for the size of most JPEGs; the rest of a file is read only where it is not
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what no file is to blame for
-_TRAIN, _TEST = ("train", "training"), ("val", "valid", "validation", "test")
-
-Progress = Callable[[int, int], None]  # done, total
+TRAIN, TEST = ("train", "training"), ("val", "valid", "validation", "test")
 
 
 class FolderStore:
@@ -42,7 +41,7 @@ class FolderStore:
         if not self.root.is_dir():
             raise ValueError(f"{root} is {'no folder' if self.root.exists() else 'not there'}: name a folder of images")
         unreadable: dict[str, str] = {}
-        paths = sorted(_walk(self.root, unreadable))
+        paths = sorted(walk_images(self.root, unreadable))
         if not paths:
             raise ValueError(f"{root} holds no image: looked for {', '.join(SUFFIXES)} files in it, to any depth")
         found, rejects = _index(self.root, paths, progress)
@@ -53,7 +52,7 @@ class FolderStore:
             raise ValueError(f"{root}: none of its {len(paths)} images can be used; the first, {name}: {reason}")
         self.paths = [paths[i] for i in good]
         self.index = found[good]
-        self.classes = _classes(self.paths)
+        self.classes = class_folders(self.paths)
         if self.classes:
             numbers = {name: i for i, name in enumerate(self.classes)}
             self.index["label"] = [numbers[path.partition(os.sep)[0]] for path in self.paths]
@@ -72,41 +71,57 @@ class FolderStore:
             with open(os.path.join(self.root, path), "rb") as file:
                 return file.read()
         except OSError as error:
-            self._check_folders(path, error)
+            check_folders(self.root, path, error)
             return b""
 
-    def _check_folders(self, path: str, error: OSError) -> None:
-        """An image that is gone is replaced, but a folder that is gone ends the run: OSError, which names the highest.
 
-        An unmounted disk would otherwise be found out image by image, and until then be trained on by stand-ins.
-        """
-        if error.errno in _OURS:
-            raise error
-        for folder in (self.root / parent for parent in reversed(Path(path).parents)):
-            try:
-                with os.scandir(folder) as entries:
-                    reason = None if next(entries, None) or folder != self.root else "it is empty"
-            except OSError as closed:
-                reason = closed.strerror or str(closed)
-            if reason:
-                raise OSError(f"the images in {folder} are out of reach: {reason}. Mount or restore it") from error
+def check_kind(about: os.stat_result) -> None:
+    """`BadImage` for what has the name of an image but would be waited for, or read, without end."""
+    if not stat.S_ISREG(about.st_mode):
+        raise BadImage("it is a pipe or a device, not a file")
+
+
+def check_folders(root: Path, path: str, error: OSError) -> None:
+    """An image that is gone is one bad image, but a folder that is gone is an OSError, which names the highest.
+
+    An unmounted disk would otherwise be found out image by image, and until then be trained on by stand-ins.
+    """
+    if error.errno in _OURS:
+        raise error
+    for folder in (root / parent for parent in reversed(Path(path).parents)):
+        try:
+            with os.scandir(folder) as entries:
+                reason = None if next(entries, None) or folder != root else "it is empty"
+        except OSError as closed:
+            reason = closed.strerror or str(closed)
+        if reason:
+            raise OSError(f"the images in {folder} are out of reach: {reason}. Mount or restore it") from error
 
 
 def find_splits(root: Path) -> tuple[Path, Path | None]:
-    """The folders to train and to test on: `train` and `val` (or `test`) below `root`, else `root` and None.
+    """What to train and to test on: `train` and `val` (or `test`) in `root`, else `root` and None.
 
-    A `train` beside other folders, none of which is a test split, is a class that is called so.
+    Both are folders, or both are .beton files. A `train` beside other folders, none of which is a test split, is a
+    class that is called so.
     """
-    folders = {p.name.lower(): p for p in root.iterdir() if p.is_dir()} if root.is_dir() else {}
-    train, test = (next((folders[name] for name in names if name in folders), None) for names in (_TRAIN, _TEST))
-    if test is not None and folders.keys() <= {*_TEST}:
+    folders: dict[str, Path] = {}
+    betons: dict[str, Path] = {}
+    for entry in os.scandir(root) if root.is_dir() else ():  # asks nothing about each of a million images
+        if entry.is_dir():
+            folders[entry.name.lower()] = root / entry.name
+        elif entry.name.endswith(".beton"):
+            betons[entry.name[: -len(".beton")].lower()] = root / entry.name
+    if betons.keys() & {*TRAIN} and betons.keys() & {*TEST}:
+        folders |= betons
+    train, test = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, TEST))
+    if test is not None and folders.keys() <= {*TEST}:
         raise ValueError(f"{root} holds {test.name}/ but no train/: name the folder of images to train on")
     if train is None or (test is None and len(folders) > 1):
         return root, None
     return train, test
 
 
-def _walk(root: Path, unreadable: dict[str, str]) -> Iterator[str]:
+def walk_images(root: Path, unreadable: dict[str, str]) -> Iterator[str]:
     """Paths of images relative to `root`; links are followed, each folder is entered once, hidden ones never.
 
     Folders that cannot be listed are added to `unreadable`, with the reason.
@@ -123,12 +138,11 @@ def _walk(root: Path, unreadable: dict[str, str]) -> Iterator[str]:
             continue
         entered.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield os.path.relpath(os.path.join(folder, name), root)
+        below = "" if folder == str(root) else os.path.relpath(folder, root) + os.sep
+        yield from (below + name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith("."))
 
 
-def _classes(paths: list[str]) -> list[str]:
+def class_folders(paths: list[str]) -> list[str]:
     """The first-level folders, where there are at least two and no image lies beside them; else []."""
     first = {path.partition(os.sep)[0] if os.sep in path else "" for path in paths}
     return sorted(first) if len(first) > 1 and "" not in first else []
@@ -144,13 +158,14 @@ def _index(root: Path, paths: list[str], progress: Progress) -> tuple[NDArray[An
     def probe(path: str) -> Any:
         full = os.path.join(root, path)
         try:
-            stat = os.stat(full)
-            stamp = stat.st_size, stat.st_mtime_ns
+            about = os.stat(full)
+            stamp = about.st_size, about.st_mtime_ns
             i = position.get(path)
             if i is not None and (known[i]["bytes"], known[i]["modified_ns"]) == stamp:
                 if path in known_rejects:
                     rejects[path] = known_rejects[path]
                 return known[i]
+            check_kind(about)
             return np.array((-1, *_file_size(full), *stamp), dtype=_INDEX)
         except BadImage as error:
             rejects[path] = str(error)
@@ -187,7 +202,7 @@ def _load(cache: Path) -> tuple[list[str], NDArray[Any], dict[str, str]]:
     """Paths, index and rejects as saved; nothing where there is no cache or it is damaged: it is only a shortcut."""
     try:
         with open(cache, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            paths, names, reasons = (_split(saved[key]) for key in ("paths", "rejects", "reasons"))
+            paths, names, reasons = (split_names(saved[key]) for key in ("paths", "rejects", "reasons"))
             index = saved["index"]
         if index.dtype == _INDEX and len(index) == len(paths):
             return paths, index, dict(zip(names, reasons, strict=True))
@@ -200,16 +215,10 @@ def _save(cache: Path, paths: list[str], index: NDArray[Any], rejects: dict[str,
     temporary = cache.with_suffix(f".{os.getpid()}.tmp.npz")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, paths=_join(paths), index=index, rejects=_join(rejects), reasons=_join(rejects.values()))
+        names = {"paths": paths, "rejects": rejects, "reasons": rejects.values()}
+        arrays: dict[str, Any] = {key: join_names(texts) for key, texts in names.items()}
+        np.savez(temporary, index=index, **arrays)
         os.replace(temporary, cache)
     except OSError:  # a read-only or full disk costs a new scan the next time, not this run
         with suppress(OSError):
             temporary.unlink()
-
-
-def _join(texts: Any) -> NDArray[np.uint8]:
-    return np.frombuffer(b"\0".join(os.fsencode(text) for text in texts), dtype=np.uint8)
-
-
-def _split(joined: NDArray[np.uint8]) -> list[str]:
-    return [os.fsdecode(text) for text in joined.tobytes().split(b"\0")] if len(joined) else []
