@@ -159,13 +159,16 @@ def test_not_sure_of_segments_of_any_other_length() -> None:
             at += 2 + length
 
 
-def test_libjpegs_warnings_about_headers_are_known() -> None:
-    """Those that random damage hardly finds: each is decoded, but not in silence."""
+def test_what_libjpeg_says_of_headers_is_known() -> None:
+    """What random damage hardly finds: some of these are decoded, but not in silence."""
     image = picture(40, 30)
     plain, rgb = encoded(image), encoded(image, keep_rgb=True)
     profile = encoded(image, icc_profile=b"p" * 50)
     segment = profile[(at := profile.index(b"\xff\xe2")) : at + 4 + 14 + 50]
+    counts = bytes((0, 1, 5, 1, 1, 1, 1, 1, 1))  # of the codes of each length, of luma's DC
     warned = {
+        "code of ones": plain.replace(counts, bytes((0, 1, 5, 1, 1, 1, 1, 2, 0)), 1),
+        "DC symbol": plain.replace(bytes(range(12)), bytes((*range(11), 0x20)), 1),
         "JFIF version": plain.replace(b"JFIF\0\1", b"JFIF\0\2"),
         "Adobe transform": rgb.replace(adobe := rgb[(at := rgb.index(b"Adobe")) : at + 12], adobe[:11] + b"\2"),
         "profile number": profile.replace(b"PROFILE\0\1\1", b"PROFILE\0\1\2"),
