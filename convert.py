@@ -146,6 +146,10 @@ def cluster(address: str | None) -> Iterator[Executor | None]:
         raise ValueError(f"--scheduler needs Dask ({error}): uv sync --extra convert") from None
     here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder, Client(address, timeout=10, set_as_default=False) as client:
+        try:
+            client.wait_for_workers(1, timeout=10)
+        except TimeoutError:
+            raise ValueError(f"no worker is at {address}: start some, dask worker {address}") from None
         shipped = Path(folder) / "twinfeed-pipeline.zip"
         with zipfile.ZipFile(shipped, "w") as archive:
             for path in sorted((here / "pipeline").rglob("*.py")):

@@ -193,6 +193,25 @@ def test_a_cluster_that_is_not_there_is_one_line(convert: Train, photos: Path, t
     refused(convert(photos, tmp_path / "x", "--format", "tfrecord", "--scheduler", "tcp://127.0.0.1:9"), "127.0.0.1:9")
 
 
+def test_a_cluster_without_workers_is_one_line(photos: Path, tmp_path: Path) -> None:
+    """The scheduler in a process of its own, which the program ends with; it would be waited for without end."""
+    code = (
+        "import asyncio, sys, dask.distributed as d\n"
+        "async def main():\n"
+        "    async with d.Scheduler(host='127.0.0.1', port=0, dashboard=False) as s:\n"
+        "        print(s.address, flush=True); await s.finished()\n"
+        "asyncio.run(main())"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        address = process.stdout.readline().strip()
+        command = [sys.executable, str(ROOT / "convert.py"), str(photos), str(tmp_path / "x"), "--format", "tfrecord"]
+        done = subprocess.run([*command, "--scheduler", address], capture_output=True, text=True, timeout=100)
+        process.terminate()
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"error: no worker is at {address}: start some, dask worker {address}"
+
+
 # ── killed ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
