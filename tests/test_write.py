@@ -728,7 +728,7 @@ def test_verify_compares_labels_that_other_readers_see(photos: Path, tmp_path: P
     at = data.index(b".cls") // 512 * 512 + 512
     shard.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     (problem,) = verify_store(tmp_path / "x")
-    assert "labelled otherwise" in problem
+    assert "other labels than its index" in problem
 
 
 def test_verify_against_a_damaged_account(photos: Path, tmp_path: Path) -> None:
@@ -745,7 +745,7 @@ def test_verify_against_a_damaged_account(photos: Path, tmp_path: Path) -> None:
     ):
         good = file.read_text()
         file.write_text(good.replace(old, new))
-        with pytest.raises(ValueError, match=r"x\.beton\.json or x\.beton\.rejects\.jsonl is damaged .*: restore it"):
+        with pytest.raises(ValueError, match=r"x\.beton\.json (or .* is damaged .*: restore it|is of another version)"):
             verify_store(tmp_path / "x.beton", source)
         file.write_text(good)
     account.write_text(account.read_text().replace('"class1"', '"klass1"', 1))

@@ -108,9 +108,12 @@ def _made_from(path: Path, store: Store, source: Source, problems: list[str]) ->
     told: dict[str, Any] | None = described(path).get("plan")
     if told is None:
         raise ValueError(f"{path} does not say how it was made: there is no {path.name}.json of convert.py beside it")
-    rejects = path.with_name(path.name + ".rejects.jsonl")
     try:
         plan = Plan(**told)
+    except TypeError as error:
+        raise ValueError(f"{path.name}.json is of another version of convert.py ({error}): convert anew") from error
+    rejects = path.with_name(path.name + ".rejects.jsonl")
+    try:
         lines = [json.loads(line) for line in rejects.read_text().splitlines()] if rejects.exists() else []
         left_out = [int(line["source"]) for line in lines if line["source"] is not None]
         if not all(0 <= number < plan.images for number in left_out):
