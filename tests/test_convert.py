@@ -112,7 +112,7 @@ def test_verify_says_whether_all_is_well(convert: Train, photos: Path, tmp_path:
     status, text = convert("verify", target)
     assert status == 1
     assert "it is not what was written: its checksum differs" in text
-    assert text.splitlines()[-1] == f"{target}: 1 problems"
+    assert text.splitlines()[-1] == f"{target}: 1 problem"
 
 
 def test_wrong_wishes_are_one_line(convert: Train, photos: Path, tmp_path: Path) -> None:
