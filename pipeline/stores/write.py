@@ -76,7 +76,8 @@ def write_store(
     target = Path(os.path.abspath(target))
     format = format or next((name for name, f in FORMATS.items() if target.suffix == f.SUFFIX), "")
     if format not in FORMATS:
-        raise ValueError(f"{target.name} does not say which format it is to have: choose one of {', '.join(FORMATS)}")
+        known = ", ".join(FORMATS)
+        raise ValueError(f"{target.name} does not say which format it is to have: choose one of {known} (--format)")
     if not FORMATS[format].SHARDED and target.suffix != FORMATS[format].SUFFIX:
         raise ValueError(
             f"{target.name} is one file of the format {format}: call it {target.name}{FORMATS[format].SUFFIX}"
