@@ -129,11 +129,8 @@ def verify(job: Verify, log: RunLog) -> int:
         log.say(runlog.printable(problem))
     if len(problems) > 10:
         log.say(f"and {len(problems) - 10} more")
-    said = (
-        f"{job.target}: {len(problems)} problem{'s' * (len(problems) > 1)}"
-        if problems
-        else f"{job.target} is as it was written"
-    )
+    found = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+    said = f"{job.target}: {found}" if problems else f"{job.target} is as it was written"
     log.say(runlog.printable(said))
     return int(bool(problems))
 
