@@ -105,8 +105,8 @@ class RunConfig:
     """Threads that decode [default: one a core]."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the network; the loss is always float32. auto: bfloat16 (or float16) on a GPU, float32 on a CPU."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on a GPU."""
+    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "auto"
+    """torch.compile's mode; auto: default on a GPU, off on a CPU, where it takes a minute."""
     checkpoint_minutes: float = 10.0
     log_steps: int = 10
     """Steps between two lines of metrics.jsonl."""

@@ -77,13 +77,20 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
     def build_model() -> BarlowTwins:
         torch.manual_seed(config.run.seed)
         backbone = barlow.build_backbone(config.model.backbone, config.model.width, config.model.small_stem)
-        network = barlow.BarlowTwins(backbone, config.model.projector, config.model.lambd, config.model.loss_scale)
+        network = barlow.BarlowTwins(
+            backbone,
+            config.model.projector,
+            config.model.lambd,
+            config.model.loss_scale,
+            one_pass=compile_mode is not None,
+        )
         return network.to(device).to(memory_format=torch.channels_last)
 
-    torch.backends.cudnn.benchmark = True
+    barlow.prepare_device(device, deterministic=False)
+    compile_mode, compilation = barlow.choose_compilation(config.run.compile, device)
     model = build_model()
     amp_dtype = barlow.choose_precision(config.run.precision, device)
-    forward, compilation = barlow.compile_network(model, config.run.compile, device)
+    forward = barlow.run_on(device, model, compile_mode)
     device_name = pipeline.describe_device(device)
     log.say(
         f"{device_name}, {str(amp_dtype).removeprefix('torch.')}, {compilation}; decoder {loader.decoder.name} "
@@ -122,7 +129,7 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
     cleanup.enter_context(runlog.claim(run))
 
     def write(step: int) -> None:
-        runlog.check_finite(float(parts.loss.detach()), step - 1)
+        runlog.check_finite(float(twins.loss.detach()), step - 1)
         state = {"step": step, "settings": settings, "loss_first": loss_first, "values": values, "fed": feed.state()}
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         barlow.save_checkpoint(checkpoint, state)
@@ -142,14 +149,14 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
                 group["lr"] = factor * peak
             optimizer.zero_grad()
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-                parts = forward(view_a, view_b)
-            scaler.scale(parts.loss).backward()
+                twins = forward(view_a, view_b)
+            scaler.scale(twins.loss).backward()
             with last.update():
                 scaler.step(optimizer)
                 scaler.update()
 
             if step % config.run.log_steps == 0 or step == steps - 1:
-                values = {name: float(value.detach()) for name, value in parts._asdict().items()}  # waits for it all
+                values = {name: float(value.detach()) for name, value in twins.parts._asdict().items()}
                 runlog.check_finite(values["loss"], step)
                 loss_first = values["loss"] if step == 0 else loss_first
                 values |= feed.rates()

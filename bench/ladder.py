@@ -205,15 +205,17 @@ class Ladder:
         """The step of train.py; compiled once, where it is compiled."""
         s = self.setting
         torch.manual_seed(0)
+        barlow.prepare_device(self.device, deterministic=False)
+        compile_mode, _ = barlow.choose_compilation("auto", self.device)
         backbone = barlow.build_backbone(s.network.backbone, s.network.width, s.network.small_stem)
-        network = barlow.BarlowTwins(backbone, s.network.projector, s.network.lambd, s.network.loss_scale)
+        widths, lambd, loss_scale = s.network.projector, s.network.lambd, s.network.loss_scale
+        network = barlow.BarlowTwins(backbone, widths, lambd, loss_scale, one_pass=compile_mode is not None)
         network = network.to(self.device).to(memory_format=torch.channels_last)
         dtype = barlow.choose_precision("auto", self.device)
-        forward, _ = barlow.compile_network(network, "auto", self.device)
+        forward = barlow.run_on(self.device, network, compile_mode)
         groups = barlow.parameter_groups(network, s.optim.weight_decay)
         optimizer = barlow.LARS(groups, lr=1e-3, momentum=s.optim.momentum, eta=s.optim.eta, clip=s.optim.clip_lr)
         scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        torch.backends.cudnn.benchmark = True
 
         def train(view_a: Tensor, view_b: Tensor) -> None:
             optimizer.zero_grad()

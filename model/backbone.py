@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from .batch_norm import BatchNorm2d, recomputing
 
 BACKBONES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -23,21 +29,42 @@ class Backbone(ResNet):
         block, layers = BACKBONES[name]
         # Blocks are made by the method below, in the width that the first of the four stages has here.
         self._width = width
-        super().__init__(block, layers, zero_init_residual=True)
+        super().__init__(block, layers, zero_init_residual=True, norm_layer=BatchNorm2d)
         self.out_features = 8 * width * block.expansion
         self.fc = nn.Identity()
         if small_stem or width != 64:
             kernel, stride = (3, 1) if small_stem else (7, 2)
             self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-            self.bn1 = nn.BatchNorm2d(width)
+            self.bn1 = BatchNorm2d(width)
         if small_stem:
             self.maxpool = nn.Identity()
 
     def _make_layer(self, block: type[BasicBlock | Bottleneck], planes: int, *rest: int, **named: int) -> nn.Sequential:
         if planes == 64:
             self.inplanes = self._width
-        return super()._make_layer(block, planes * self._width // 64, *rest, **named)
+        return _Stage(*super()._make_layer(block, planes * self._width // 64, *rest, **named))
+
+    def recompute_activations(self) -> None:
+        """From now on, keep a residual block's input alone for the backward pass, which computes the rest again."""
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            stage.recompute = True
+
+
+class _Stage(nn.Sequential):
+    """Residual blocks, one after the other."""
+
+    recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.recompute and self.training):
+            return super().forward(x)
+        for block in self:
+            if torch.compiler.is_compiling():  # whose graph updates the running averages once in any case
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputing()))
+        return x
 
 
 def build_backbone(name: str, width: int = 64, small_stem: bool = False) -> Backbone:

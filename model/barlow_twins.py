@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .batch_norm import BatchNorm1d, BatchNorm2d
 from .loss import LossParts, barlow_loss, normalize
 
 
+class Twins(NamedTuple):
+    """What the network makes of two views: the loss, and what it comes from, detached."""
+
+    parts: LossParts
+    features: Tensor  # of view a, [B, F]
+    a: Tensor  # the normalised embeddings, [B, D]
+    b: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        return self.parts.loss
+
+
 class BarlowTwins(nn.Module):
-    """Backbone and projector. `forward` takes two views [B, 3, S, S] and returns the loss with its parts.
+    """Backbone and projector. `forward` takes two views [B, 3, S, S] and returns the loss and where it comes from.
 
     projector: widths of its linear layers, "8192-8192-8192" in the paper; batch norm and ReLU between them.
     lambd: weight of the off-diagonal terms. loss_scale multiplies the loss, which matters only to what LARS leaves
     alone (see docs/method.md).
+    one_pass: both views go through the network as one batch. Each keeps its own batch statistics: the result is the
+    same. It is faster where the network is compiled (bench/NOTES.md).
     """
 
-    def __init__(self, backbone: Backbone, projector: str, lambd: float, loss_scale: float = 1.0) -> None:
+    def __init__(
+        self, backbone: Backbone, projector: str, lambd: float, loss_scale: float = 1.0, one_pass: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = build_projector(backbone.out_features, projector)
-        self.lambd, self.loss_scale = lambd, loss_scale
+        self.lambd, self.loss_scale, self.one_pass = lambd, loss_scale, one_pass
+        for module in self.modules():
+            if isinstance(module, (BatchNorm1d, BatchNorm2d)):
+                module.views = 1 + one_pass
 
-    def embed(self, view: Tensor) -> Tensor:
-        """Normalised embeddings [B, D] of one view [B, 3, S, S], by the statistics of this view's batch alone."""
-        z = self.projector(self.backbone(view))
-        with torch.autocast(z.device.type, enabled=False):  # squares underflow in half precision
-            return normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
+    def forward(self, view_a: Tensor, view_b: Tensor) -> Twins:
+        passes = [torch.cat([view_a, view_b])] if self.one_pass else [view_a, view_b]
+        return self.compare([self.backbone(views) for views in passes])
 
-    def forward(self, view_a: Tensor, view_b: Tensor) -> LossParts:
-        a, b = self.embed(view_a), self.embed(view_b)
-        with torch.autocast(a.device.type, enabled=False):
+    def compare(self, features: Sequence[Tensor]) -> Twins:
+        """From features, [B, F] of each view or [2 B, F] of both, to the loss."""
+        embeddings = [self.projector(f) for f in features]
+        if self.one_pass:
+            features, embeddings = features[0].chunk(2), embeddings[0].chunk(2)
+        with torch.autocast(embeddings[0].device.type, enabled=False):  # squares underflow in half precision
+            # [B, D] each, by the statistics of this view's batch alone
+            a, b = (normalize(z.to(torch.promote_types(z.dtype, torch.float32))) for z in embeddings)
             parts = barlow_loss(a, b, self.lambd)
-        return parts._replace(loss=parts.loss * self.loss_scale)
+        parts = parts._replace(loss=parts.loss * self.loss_scale)
+        return Twins(parts, features[0].detach(), a.detach(), b.detach())
 
 
 def build_projector(in_features: int, widths: str) -> nn.Sequential:
@@ -48,5 +75,5 @@ def build_projector(in_features: int, widths: str) -> nn.Sequential:
         raise ValueError(f"projector is {widths!r}: give the widths of its layers, like 8192-8192-8192")
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes[:-1]):
-        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(before, after, bias=False), BatchNorm1d(after), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1], bias=False))

@@ -1,13 +1,30 @@
-"""How the network is run on a device: its precision, and whether it is compiled."""
+"""How the network is run on its devices: precision, compilation, and one copy on each rank."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import os
+import warnings
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-AnyModule = TypeVar("AnyModule", bound=nn.Module)
+from .barlow_twins import BarlowTwins
+from .ranks import world
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def prepare_device(device: torch.device, deterministic: bool) -> None:
+    """Fast arithmetic where float32 stays, or (slower) arithmetic that gives the same bits each time."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN uses for convolutions anyway
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -20,17 +37,51 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def compile_network(network: AnyModule, when: str, device: torch.device) -> tuple[AnyModule, str]:
-    """`network` compiled (it shares its parameters), or as it is; and in words what was done and why.
+def choose_compilation(mode: str, device: torch.device) -> tuple[str | None, str]:
+    """The mode for torch.compile, None for none; and in words what was chosen and why.
 
-    when: "on", "off" or "auto" (on a GPU). A machine without a compiler goes on without: torch.compile finds that out
-    only when it first runs, so a small function is tried here.
+    mode: one of COMPILE_MODES, "off", or "auto" (the default mode on a GPU). A machine without a compiler goes on
+    without: torch.compile finds that out only when it first runs, so a small function is tried here.
     """
-    if when == "off" or (when == "auto" and device.type != "cuda"):
-        return network, "not compiled"
+    if mode == "off" or (mode == "auto" and device.type != "cuda"):
+        return None, "not compiled"
     try:
         torch.compile(torch.square)(torch.ones(8, device=device))
     except Exception as error:
-        return network, f"not compiled, since torch.compile fails here: {str(error).strip().splitlines()[0]}"
-    network = torch.compile(network)  # type: ignore[assignment]  # an OptimizedModule, which behaves like it
-    return network, "compiled at the first step"
+        return None, f"not compiled, since torch.compile fails here: {str(error).strip().splitlines()[0]}"
+    mode = "default" if mode == "auto" else mode
+    return mode, "compiled at the first step" + (f" ({mode})" if mode != "default" else "")
+
+
+def run_on(device: torch.device, network: BarlowTwins, compile_mode: str | None) -> nn.Module:
+    """What takes the place of `network`, already on `device`, in the training step: its parameters are the same.
+
+    The network and its loss become one graph. Among several ranks they become two: the gradients of the projector,
+    which are most of all, then travel while those of the backbone are computed.
+    """
+    if compile_mode is not None:
+        if world() == 1:
+            network.compile(mode=compile_mode)
+        else:
+            network.backbone.compile(mode=compile_mode)
+            network.compare = torch.compile(network.compare, mode=compile_mode)  # type: ignore[method-assign]
+    if world() == 1:
+        return network
+    if compile_mode is None and device.type == "cuda" and not network.backbone.layer1.recompute:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 has another name for it, which 2.11 does not know
+        copies = DistributedDataParallel(
+            network,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # batch norm's averages are those of the global batch already
+            gradient_as_bucket_view=True,
+        )
+    copies.register_comm_hook(None, _sum)
+    return copies
+
+
+def _sum(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+    """The gradient of the global loss is the sum of what the ranks find, not their mean (see loss.py)."""
+    summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return summed.then(lambda future: future.value()[0])

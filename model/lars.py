@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.sgd import sgd
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -28,7 +29,15 @@ class LARS(Optimizer):
         p -= lr * mu
 
     clip: the factor is min(eta |p| / |g| / lr, 1) instead, so that no step is longer than lr |g| (solo-learn's runs).
+
+    A step whose gradients are not all finite changes nothing. The device decides that by itself: `skipped` is 1.0 after
+    such a step, else 0.0, and `skipped_steps` counts them, all of them and those in a row (tensors there; on any number
+    of ranks the same, as the gradients are).
+
+    A few launches for each group: the last two lines are torch's fused SGD, the rest are its operations on lists.
     """
+
+    _step_supports_amp_scaling = True  # a GradScaler leaves dividing by its scale, and skipping, to `step`
 
     def __init__(
         self,
@@ -40,27 +49,51 @@ class LARS(Optimizer):
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "eta": eta, "clip": clip, "weight_decay": 0.0, "adapt": True}
         super().__init__(groups, defaults)
+        first = self.param_groups[0]["params"][0]
+        self.skipped = torch.zeros((), device=first.device)
+        self.skipped_steps = torch.zeros(2, device=first.device)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        grads = [p.grad for p in params]
+        if (scale := getattr(self, "grad_scale", None)) is not None:  # set by a GradScaler for the length of a step
+            grads = list(torch._foreach_mul(grads, scale.reciprocal()))
+        self.skipped = 1 - torch.stack(torch._foreach_norm(grads)).isfinite().all().float()
+        self.skipped_steps += self.skipped
+        self.skipped_steps[1] *= self.skipped
+        grad_of = dict(zip(params, grads, strict=True))
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            grads = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
-            if group["adapt"]:
-                clip_lr = group["lr"] if group["clip"] else None
-                torch._foreach_mul_(grads, _layer_rates(params, grads, group["eta"], clip_lr))
-            for p in params:
-                if p not in self.state or "mu" not in self.state[p]:
-                    self.state[p]["mu"] = torch.zeros_like(p)
-            momenta = [self.state[p]["mu"] for p in params]
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, grads)
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+            if mine := [p for p in group["params"] if p in grad_of]:
+                self._step(group, mine, [grad_of[p] for p in mine])
+
+    def _step(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        if group["weight_decay"] or group["adapt"]:
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))  # a copy
+        if group["adapt"]:
+            clip_lr = group["lr"] if group["clip"] else None
+            torch._foreach_mul_(grads, _layer_rates(params, grads, group["eta"], clip_lr))
+        for p in params:
+            if "mu" not in self.state[p]:
+                self.state[p]["mu"] = torch.zeros_like(p)
+        sgd(
+            params,
+            grads,
+            [self.state[p]["mu"] for p in params],
+            fused=True,
+            found_inf=self.skipped,
+            weight_decay=0.0,
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
 
 
-def _layer_rates(params: list[Tensor], grads: tuple[Tensor, ...], eta: float, clip_lr: float | None) -> list[Tensor]:
+def _layer_rates(params: list[Tensor], grads: list[Tensor], eta: float, clip_lr: float | None) -> list[Tensor]:
     """eta * |p| / |g|, or min(that / clip_lr, 1); and 1 where either norm is 0."""
     p_norms, g_norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
     usable = (p_norms > 0) & (g_norms > 0)

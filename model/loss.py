@@ -11,11 +11,11 @@ the one global loss, whatever the number of ranks. (Parameter gradients are ther
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from .ranks import gather, sum_of_copies, sum_over_ranks, world
 
 
 class LossParts(NamedTuple):
@@ -30,9 +30,9 @@ class LossParts(NamedTuple):
 
 def normalize(z: Tensor, eps: float = 1e-5) -> Tensor:
     """Each dimension of z [N, D] with mean 0 and (biased) variance 1 over the global batch."""
-    n = z.shape[0] * _world()
-    centered = z - _SumOverRanks.apply(z.sum(0)) / n
-    variance = _SumOverRanks.apply(centered.square().sum(0)) / n
+    n = z.shape[0] * world()
+    centered = z - sum_over_ranks(z.sum(0)) / n
+    variance = sum_over_ranks(centered.square().sum(0)) / n
     return centered * (variance + eps).rsqrt()
 
 
@@ -41,18 +41,19 @@ def barlow_loss(a: Tensor, b: Tensor, lambd: float, form: str = "auto") -> LossP
 
     form: "dxd", "nxn", or "auto" for the cheaper one by shape.
     """
-    n, d = a.shape[0] * _world(), a.shape[1]
+    n, d = a.shape[0] * world(), a.shape[1]
     if form == "auto":
         form = "nxn" if n < d / 2 else "dxd"
     if form == "dxd":
-        c = _SumOfCopies.apply(a.T @ b / n)  # [D, D]
+        c = sum_of_copies(a.T @ b / n)  # [D, D]
         diagonal, squares = c.diagonal(), c.square().sum()
     else:
-        diagonal = _SumOfCopies.apply((a * b).sum(0) / n)  # [D]
+        diagonal = sum_of_copies((a * b).sum(0) / n)  # [D]
         # This rank's rows of the two Gram matrices, against everybody's columns. Each embedding stands in a row and in
         # a column; by symmetry both give the same gradient, so the columns are constants and the rows count twice.
-        rows = (a @ _everybodys(a).T * (b @ _everybodys(b).T)).sum() / n**2  # [N / W, N] each
-        squares = _SumOfCopies.apply(2 * rows - rows.detach())
+        everybodys_a, everybodys_b = (gather(z.detach()).flatten(0, 1) for z in (a, b))  # [N, D]
+        rows = (a @ everybodys_a.T * (b @ everybodys_b.T)).sum() / n**2  # [N / W, N] each
+        squares = sum_of_copies(2 * rows - rows.detach())
     invariance = (diagonal - 1).square().sum()
     redundancy = squares - diagonal.square().sum()
     return LossParts(
@@ -62,48 +63,3 @@ def barlow_loss(a: Tensor, b: Tensor, lambd: float, form: str = "auto") -> LossP
         diagonal.detach().mean(),
         (redundancy.detach().clamp(min=0) / max(1, d * (d - 1))).sqrt(),
     )
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _sum_over_ranks(x: Tensor) -> Tensor:
-    if _world() > 1:
-        x = x.clone()
-        dist.all_reduce(x)
-    return x
-
-
-def _everybodys(x: Tensor) -> Tensor:
-    """The rows of all ranks, [N, D], as a constant."""
-    x = x.detach()
-    if _world() == 1:
-        return x
-    gathered = x.new_empty(_world() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x.contiguous())
-    return gathered
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """A sum that each rank goes on to use for its own part of the loss: gradients add up over ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _sum_over_ranks(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _sum_over_ranks(grad)
-
-
-class _SumOfCopies(torch.autograd.Function):
-    """A sum from which each rank computes the same, whole loss: its gradient is whole already."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _sum_over_ranks(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad

@@ -102,7 +102,7 @@ def test_bad_images_are_replaced_on_the_gpu(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(batch.views, twin.views, strict=True))
 
 
-@pytest.mark.parametrize("options", [["--compile", "off"], ["--compile", "on"], ["--precision", "float16"]])
+@pytest.mark.parametrize("options", [["--compile", "off"], ["--compile", "default"], ["--precision", "float16"]])
 def test_trains_on_the_gpu_and_resumes(photos: Path, tmp_path: Path, options: list[str]) -> None:
     common = ["demo", "--data", str(photos), "--run", str(tmp_path / "run"), "--batch-size", "18", "--epochs", "6"]
     with RunLog() as log:
