@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -87,12 +87,16 @@ class OptimConfig:
 class RunConfig:
     """Where and how it runs; nothing here changes what is learned, but `seed` and `precision`."""
 
-    run: Path | None = None
+    run: Annotated[Path | None, tyro.conf.arg(name="run-folder", aliases=["--run"])] = None
     """Folder of the run [default: runs/PRESET]. What an earlier run left there is kept under another number."""
     resume: bool = False
-    """Go on with the run in that folder, from its last checkpoint."""
+    """Go on with the run in that folder, from its last checkpoint, on any number of GPUs."""
+    resume_if_saved: bool = False
+    """The same where there is a checkpoint, else begin: for a job that a scheduler starts again."""
+    accept_changes: bool = False
+    """Resume although the configuration is not the one that was saved."""
     dry_run: bool = False
-    """Two steps, and nothing left behind."""
+    """Two steps, and nothing left behind but the memory, largest batch and hours to expect."""
     seed: int = 0
     """Decides initial weights, order and distortions."""
     device: str = "auto"
@@ -104,12 +108,23 @@ class RunConfig:
     threads: int | None = None
     """Threads that decode [default: one a core]."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the network; the loss is always float32. auto: bfloat16 (or float16) on a GPU, float32 on a CPU."""
+    """Of the network; the loss is always float32. auto: bfloat16 (or float16) on a GPU, float32 on a CPU. float32 on a
+    GPU multiplies in TF32."""
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "auto"
     """torch.compile's mode; auto: default on a GPU, off on a CPU, where it takes a minute."""
+    deterministic: bool = False
+    """The same bits each time on a GPU too, at some cost in speed. (On a CPU they are.)"""
+    recompute: bool = False
+    """Compute the backbone's activations again in the backward pass: a third of the memory, a quarter more work."""
     checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 3
+    """The last ones that are kept."""
+    milestone_epochs: int | None = None
+    """A checkpoint that is kept for good every so many epochs [default: none]."""
     log_steps: int = 10
     """Steps between two lines of metrics.jsonl."""
+    eval_epochs: int | None = None
+    """Epochs between two tests on held-out images, by kNN and a linear probe [default: one kNN test at the end]."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +138,7 @@ class Pretrain:
 
     def check(self) -> None:
         """ValueError for what no run can be made of."""
+        resumes = self.run.resume or self.run.resume_if_saved
         area, sigma, block = self.data.crop_area, self.data.blur_sigma, self.data.shuffle_block
         wrong = {
             "--epochs": (self.optim.epochs, self.optim.epochs >= 1, "at least 1"),
@@ -135,10 +151,13 @@ class Pretrain:
             "--solarize-p": (self.data.solarize_p, all(0 <= p <= 1 for p in self.data.solarize_p), "two probabilities"),
             "--blur-sigma": (sigma, 0 < sigma[0] <= sigma[1], "a range above 0"),
             "--seed": (self.run.seed, 0 <= self.run.seed < 2**63, "from 0 to 2^63 - 1"),
-            "--dry-run": ("given with --resume", not (self.run.dry_run and self.run.resume), "given alone"),
+            "--dry-run": ("given with --resume", not (self.run.dry_run and resumes), "given alone"),
             "--hw-decoder-load": (self.run.hw_decoder_load, 0 <= self.run.hw_decoder_load <= 1, "from 0 to 1"),
             "--threads": (self.run.threads, self.run.threads is None or self.run.threads >= 1, "at least 1"),
             "--log-steps": (self.run.log_steps, self.run.log_steps >= 1, "at least 1"),
+            "--keep-checkpoints": (self.run.keep_checkpoints, self.run.keep_checkpoints >= 1, "at least 1"),
+            "--milestone-epochs": (self.run.milestone_epochs, (self.run.milestone_epochs or 1) >= 1, "at least 1"),
+            "--eval-epochs": (self.run.eval_epochs, (self.run.eval_epochs or 1) >= 1, "at least 1"),
         }
         for option, (value, good, bound) in wrong.items():
             if not good:

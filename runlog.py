@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
-import math
 import os
 import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -30,7 +28,13 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from provenance import environment as environment
+
 T = TypeVar("T")
+
+INTERRUPTED = 130  # exit status of a run that was stopped by Ctrl-C, and saved
+PREEMPTED = 75  # of one that was told to make room, and saved: EX_TEMPFAIL, try again later
+PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)  # the signals that say so
 
 _QUIET_S = 10.0  # where there is no terminal: seconds between two lines about the same thing
 
@@ -127,17 +131,21 @@ def counted(batches: Iterable[T], total: int, bar: Bar) -> Iterator[T]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block Ctrl-C (and SIGTERM) only asks to stop: the step is finished and saved. Twice means at once."""
-    asked = False
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Within the block Ctrl-C, SIGTERM and SIGUSR1 only ask to stop: the step is finished and saved.
+
+    Yields what the exit status is to be, 0 until one has come. Ctrl-C twice means at once. (A second that comes within
+    a second is the first: torchrun passes on what the terminal has sent to all of its processes already.)
+    """
+    asked, asked_at = 0, 0.0
 
     def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal asked, asked_at
+        if asked and number == signal.SIGINT and time.monotonic() - asked_at > 1:
             raise KeyboardInterrupt
-        asked = True
+        asked, asked_at = INTERRUPTED if number == signal.SIGINT else PREEMPTED, time.monotonic()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, *PREEMPTION)}
     try:
         yield lambda: asked
     finally:
@@ -165,14 +173,47 @@ class Metrics:
         with suppress(OSError):  # of lines that a full disk has refused already
             self._file.close()
 
-    def write(self, **values: float) -> None:
+    def write(self, **values: float | str | None) -> None:
         self._file.write(json.dumps(values) + "\n")
 
 
-def check_finite(loss: float, step: int) -> None:
-    """FloatingPointError where training has diverged; called before each save: a checkpoint is always a good one."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} at step {step}: try a lower --lr")
+_NOT_OURS = (ValueError, OSError, FloatingPointError)  # faults that somebody else than us can have made
+
+
+def first_rank() -> bool:
+    """Whether this process speaks for those that torchrun has started with it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run(main: Callable[[RunLog], int]) -> int:
+    """What `main` returns, or the exit status of a fault: said in one line, among several ranks by the first to fail.
+
+    A fault that is nobody's but ours is shown with its traceback among several ranks: who was it, and where?
+    """
+
+    def preempted(number: int, frame: object) -> None:
+        sys.exit(PREEMPTED)
+
+    before = {number: signal.signal(number, preempted) for number in PREEMPTION}  # until there is something to save
+    log = RunLog()
+    log.console.quiet = not first_rank()
+    try:
+        with log:
+            return main(log)
+    except Exception as error:
+        if os.environ.get("TWINFEED_TRACEBACK"):
+            raise
+        if isinstance(error, ConnectionError) and not first_rank():
+            return 1  # the rank that failed says why, and the first one where to go on from
+        if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, _NOT_OURS):
+            traceback.print_exc()
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def explain(error: Exception) -> str:
@@ -180,7 +221,7 @@ def explain(error: Exception) -> str:
     said = str(error).strip().partition("\n")[0]
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
         said = f"out of memory: {said or 'on the host'}; free some, or begin again with a smaller --batch-size"
-    elif not isinstance(error, (ValueError, OSError, FloatingPointError)):  # what nobody but us can have done wrong
+    elif not isinstance(error, _NOT_OURS):
         said = f"{type(error).__name__}: {said} (TWINFEED_TRACEBACK=1 shows where)"
     return "; ".join([said, *getattr(error, "__notes__", ())[-1:]])
 
@@ -190,42 +231,29 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
-def check_run_folder(folder: Path) -> None:
-    """ValueError where `folder` is anything but new, empty, or the folder of a run."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: --run wants a folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds something else than a run: --run wants a new folder")
-
-
-def claim(folder: Path) -> IO[str]:
-    """Takes the folder for this process: keep the file open. ValueError where another run is using it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")  # noqa: SIM115  # open for as long as the run lasts
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"a run that is still going on is using {folder}: choose another --run") from None
-    return file
-
-
-def make_room(folder: Path) -> Path | None:
-    """An empty `folder` for a new run. What an earlier one left there moves to `folder`.1, .2, ...: returned."""
-    folder, moved = folder.absolute(), None
-    if (folder / "config.json").exists():
-        claim(folder).close()  # not from under a run that is still going on
-        free = (folder.with_name(f"{folder.name}.{number}") for number in count(1))
-        moved = next(path for path in free if not path.exists())
-        folder.rename(moved)
-    folder.mkdir(parents=True, exist_ok=True)
-    return moved
-
-
 def write_json(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")
     os.replace(temporary, path)
+
+
+def diverged(step: int, loss: float, in_a_row: int) -> str:
+    """Why a run ends that does not learn any more."""
+    skipped = f", the last of {in_a_row} steps in a row that were skipped, their gradients not being finite" * (
+        in_a_row > 1
+    )
+    return f"the loss is {loss} at step {step}{skipped}: try a lower --lr. checkpoint.pt is from before that"
+
+
+def outlook(peak: int, largest_batch: int, seconds: float, device: str, ranks: int) -> dict[str, str]:
+    """What a whole run will take. peak: bytes of memory, of each rank; seconds: of the run."""
+    hours = f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
+    gpu_hours = "" if device.endswith("cores") else f", {ranks * seconds / 3600:,.1f} GPU-hours"
+    return {
+        "peak memory": f"{peak / 1e9:.1f} GB" + " on each rank" * (ranks > 1),
+        "largest batch": f"about {largest_batch:,} images a step would fit",
+        "the whole run": f"about {hours}{gpu_hours} on {device}, as fast as the second step",
+    }
 
 
 def reading(values: dict[str, float]) -> str:
@@ -269,6 +297,14 @@ class Feed:
 
     def state(self) -> dict[str, Any]:
         return {"images": self._images, "wait_s": self._wait_s, "elapsed_s": time.monotonic() - self._began}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of the block is nobody's."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
+        self._read_at += time.monotonic() - began
 
     def total(self) -> dict[str, float]:
         """Since the beginning."""

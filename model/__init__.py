@@ -2,10 +2,27 @@
 
 from .backbone import BACKBONES, build_backbone
 from .barlow_twins import BarlowTwins, Twins
-from .checkpoint import LastStep, configuration_changes, load_checkpoint, save_checkpoint, write_atomically
-from .engine import COMPILE_MODES, choose_compilation, choose_precision, prepare_device, run_on
-from .knn import colour_feature, knn_accuracies, knn_accuracy, pixel_feature
+from .checkpoint import (
+    Checkpoints,
+    configuration_changes,
+    load_checkpoint,
+    load_states,
+    save_checkpoint,
+    write_atomically,
+)
+from .engine import (
+    COMPILE_MODES,
+    choose_compilation,
+    choose_precision,
+    largest_batch,
+    peak_memory,
+    prepare_device,
+    run_on,
+)
+from .health import Collapse, correlation_corner, feature_readings, readings
+from .knn import colour_feature, knn_accuracies, knn_accuracy, online_accuracies, pixel_feature, probe_accuracy
 from .lars import LARS, parameter_groups
+from .last_step import LastStep
 from .layouts import export_backbone
 from .loss import LossParts, barlow_loss, normalize
 from .ranks import Ranks
@@ -16,6 +33,8 @@ __all__ = [
     "COMPILE_MODES",
     "LARS",
     "BarlowTwins",
+    "Checkpoints",
+    "Collapse",
     "LastStep",
     "LossParts",
     "Ranks",
@@ -26,15 +45,23 @@ __all__ = [
     "choose_precision",
     "colour_feature",
     "configuration_changes",
+    "correlation_corner",
     "export_backbone",
+    "feature_readings",
     "knn_accuracies",
     "knn_accuracy",
+    "largest_batch",
     "learning_rate_factor",
     "load_checkpoint",
+    "load_states",
     "normalize",
+    "online_accuracies",
     "parameter_groups",
+    "peak_memory",
     "pixel_feature",
     "prepare_device",
+    "probe_accuracy",
+    "readings",
     "run_on",
     "save_checkpoint",
     "write_atomically",

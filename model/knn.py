@@ -1,4 +1,4 @@
-"""k nearest neighbours on frozen features: what a representation is worth, without training anything on it."""
+"""What frozen features are worth: k nearest neighbours, and a linear classifier."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ Views = tuple[Tensor, ...]
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # in evaluation mode a network that trains compiled would be compiled anew
 def extract(
     batches: Iterable[tuple[Views, Tensor, Tensor]], features: dict[str, Callable[[Tensor], Tensor]]
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -48,6 +49,32 @@ def knn_accuracy(
     return 100 * right / len(queries)
 
 
+def probe_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, decay: float = 1e-3, iterations: int = 100
+) -> float:
+    """Top-1 accuracy in percent on queries [m, F] of a linear classifier that was fitted to bank [n, F].
+
+    Multinomial logistic regression on standardised features with an L2 penalty of `decay` / 2 per squared weight, a
+    convex problem: L-BFGS from zero gives the same each time, and needs no learning rate.
+    """
+    mean, deviation = bank.mean(0), bank.std(0, correction=0) + 1e-6
+    bank, queries = (bank - mean) / deviation, (queries - mean) / deviation
+    weight = bank.new_zeros(int(bank_labels.max()) + 1, bank.shape[1] + 1, requires_grad=True)  # the last is the bias
+    solver = torch.optim.LBFGS([weight], max_iter=iterations, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = F.cross_entropy(F.linear(bank, weight[:, :-1], weight[:, -1]), bank_labels)
+        value = value + decay / 2 * weight[:, :-1].square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        solver.step(loss)
+    found = F.linear(queries, weight[:, :-1], weight[:, -1]).argmax(1)
+    return 100 * float((found == labels).float().mean())
+
+
 def knn_accuracies(
     bank: Iterable[tuple[Views, Tensor, Tensor]],
     queries: Iterable[tuple[Views, Tensor, Tensor]],
@@ -64,6 +91,20 @@ def knn_accuracies(
     return {
         name: knn_accuracy(bank_features.pop(name), bank_labels, query_features.pop(name), labels) for name in features
     }
+
+
+def online_accuracies(
+    bank: Iterable[tuple[Views, Tensor, Tensor]],
+    queries: Iterable[tuple[Views, Tensor, Tensor]],
+    feature: Callable[[Tensor], Tensor],
+) -> dict[str, float]:
+    """`knn_top1` and `probe_top1` of one feature, in percent, as `knn_accuracies`: to be followed during training."""
+    bank_features, bank_labels = extract(bank, {"": feature})
+    query_features, labels = extract(queries, {"": feature})
+    if not len(bank_labels) or not len(labels):
+        return {}
+    found = bank_features[""], bank_labels, query_features[""], labels
+    return {"knn_top1": knn_accuracy(*found), "probe_top1": probe_accuracy(*found)}
 
 
 def colour_feature(view: Tensor, bins: int = 6) -> Tensor:

@@ -53,6 +53,13 @@ class LARS(Optimizer):
         self.skipped = torch.zeros((), device=first.device)
         self.skipped_steps = torch.zeros(2, device=first.device)
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.skipped_steps.copy_(state_dict["skipped_steps"])
+
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -18,8 +18,8 @@ import torch
 _STARTING = Lock()
 
 
-def find_device(name: str = "auto") -> torch.device:
-    """`cpu`, `cuda` or `cuda:N` as asked; `auto` takes a GPU where there is one.
+def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N` as asked; `auto` takes a GPU where there is one, and of several that of this rank.
 
     ValueError, with the remedy, where a GPU was asked for or is in the machine but torch cannot use it: training on
     the CPU by mistake would go unnoticed for hours. An empty CUDA_VISIBLE_DEVICES says that the CPU is meant.
@@ -32,9 +32,9 @@ def find_device(name: str = "auto") -> torch.device:
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
     if usable:
-        device = torch.device("cuda" if name == "auto" else name)
+        device = torch.device(f"cuda:{local_rank}" if name in ("auto", "cuda") else name)
         if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"there is no device {name}: this machine has {torch.cuda.device_count()} GPUs")
+            raise ValueError(f"there is no device {device}: this machine has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
         return device
     present = any(Path("/proc/driver/nvidia/gpus").glob("*")) or any(Path("/dev").glob("nvidia[0-9]*"))

@@ -31,7 +31,7 @@ import model
 import pipeline
 import presets
 from pipeline import machine
-from runlog import claim
+from run_folder import claim
 
 # ── what it writes ───────────────────────────────────────────────────────────────────────────────────────────────────
 

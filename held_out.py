@@ -1,0 +1,78 @@
+"""Images that are kept out of training: which they are, and what a network makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from presets import Pretrain
+from runlog import RunLog, counted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline import Batch, Loader, Store
+
+_BANK, _QUERIES = 50_000, 10_000  # images to learn from, and to be asked about, at most
+
+
+def open_stores(preset: str, config: Pretrain, log: RunLog) -> tuple[Store, Store | None]:
+    """Images to train on, and labelled ones never trained on for the kNN test (None where there are no labels)."""
+    import pipeline
+
+    if config.data.data is not None:
+        train_folder, test_folder = pipeline.find_splits(config.data.data)
+    elif preset == "demo":
+        with log.bar("drawing the demo data set, once") as bar:
+            train_folder, test_folder = pipeline.find_splits(pipeline.demo_folder(pipeline.cache_folder(), bar))
+    else:
+        raise ValueError(f"{preset} needs images: --data DIR or FILE")
+
+    def opened(folder: Path) -> Store:
+        with log.bar(f"indexing {folder}") as bar:
+            store = pipeline.open_store(folder, bar)
+        log.say_rejects("left out", {str(folder / name): reason for name, reason in store.rejects.items()})
+        return store
+
+    train_store = opened(train_folder)
+    if not train_store.classes:
+        log.say(f"{train_folder} has no labels (or images beside class folders): no kNN test, which needs them")
+        return train_store, None
+    if test_folder is not None:
+        test_store = opened(test_folder)
+        if test_store.classes == train_store.classes:
+            return train_store, test_store
+        log.say(f"{test_folder} has other classes than {train_folder}: not used")
+    share = min(config.data.hold_out, _QUERIES / len(train_store))
+    train_part, test_part = pipeline.hold_out(train_store, share, config.run.seed)
+    log.say(f"{len(test_part):,} images are kept out of training for the kNN test (--hold-out)")
+    return train_part, test_part
+
+
+class HeldOut:
+    """The tests of a run: features of at most so many training images, asked about the held-out ones."""
+
+    def __init__(self, train: Store, test: Store, open_loader: Callable[[Store], Loader], log: RunLog) -> None:
+        """open_loader(store) gives test views, in the store's order."""
+        self._train, self._test, self._open_loader, self._log = train, test, open_loader, log
+
+    def knn(self, features: dict[str, Callable[[Tensor], Tensor]]) -> dict[str, float]:
+        """The kNN accuracy of each function of a view, in percent."""
+        import model
+
+        return model.knn_accuracies(self._views(self._train, _BANK), self._views(self._test, _QUERIES), features)
+
+    def online(self, feature: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """kNN's and the linear probe's accuracy of one, in percent."""
+        import model
+
+        return model.online_accuracies(self._views(self._train, _BANK), self._views(self._test, _QUERIES), feature)
+
+    def _views(self, store: Store, most: int) -> Iterator[Batch]:
+        import pipeline
+
+        loader = self._open_loader(pipeline.at_most(most, store))
+        with self._log.bar("testing on held-out images") as bar:
+            yield from counted(loader.epoch(0), len(loader), bar)
+        self._log.say_rejects("left out", {store.name(sample): reason for sample, reason in loader.bad.items()})
