@@ -1,4 +1,7 @@
-"""What a run says: live progress, messages, `metrics.jsonl`, the picture of its views, `summary.json`."""
+"""What a run says: live progress, messages, `metrics.jsonl` and TensorBoard, `environment.json`, `summary.json`.
+
+python -m runlog RUN    writes RUN/report.html, the page about a run, while it runs or afterwards
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -29,6 +32,8 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 from rich.text import Text
+
+from provenance import environment as environment
 
 T = TypeVar("T")
 
@@ -146,27 +151,65 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 class Metrics:
-    """`metrics.jsonl`: a line of numbers for every so many steps. A resumed run goes on with what it had at `step`."""
+    """`metrics.jsonl`: a line of values for every so many steps. A resumed run goes on with what it had at `step`.
+
+    Where tensorboard is installed its numbers are also written for that, into the folder beside it.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if step and path.exists():
-            lines = (line for line in path.read_text().splitlines() if line.endswith("}"))  # the last may be torn
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] < step]
+        kept = [_line(values) for values in read_metrics(path) if values["step"] < step] if step else []
         temporary = path.with_name(path.name + ".tmp")  # killed while it rewrites them, a run still has its metrics
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115  # closed by __exit__
+        self._files = ExitStack()  # closed by __exit__
+        self._file = self._files.enter_context(path.open("a", buffering=1))
+        self._events = _event_writer(path.with_name("tensorboard"), step, self._files)
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
         with suppress(OSError):  # of lines that a full disk has refused already
-            self._file.close()
+            self._files.close()
 
-    def write(self, **values: float) -> None:
-        self._file.write(json.dumps(values) + "\n")
+    def write(self, step: int, **values: float | str | None) -> None:
+        self._file.write(_line({"step": step, **values}))
+        numbers = [{"tag": k, "simple_value": v} for k, v in values.items() if isinstance(v, (int, float))]
+        self._events(step=step, summary={"value": numbers})
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, without one that was torn when its run was killed; [] where there is none."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [values for values in found if isinstance(values, dict) and isinstance(values.get("step"), int)]
+
+
+def _line(values: dict[str, Any]) -> str:
+    """Of JSON, which has no word for what is not a finite number: null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite) + "\n"
+
+
+def _event_writer(folder: Path, step: int, files: ExitStack) -> Callable[..., None]:
+    """Writes the fields of a TensorBoard event. (torch's SummaryWriter is a thread, and imports tensorflow: 15 s.)"""
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+    except ImportError:
+        return lambda **fields: None
+    folder.mkdir(exist_ok=True)
+    name = f"events.out.tfevents.{len(os.listdir(folder)):06}"  # read in the order of their names
+    records = RecordWriter(files.enter_context((folder / name).open("wb", buffering=0)))
+
+    def write(**fields: Any) -> None:
+        records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    write(file_version="brain.Event:2")
+    write(step=step, session_log={"status": "START"})  # whatever earlier files have from this step on is not shown
+    return write
 
 
 def check_finite(loss: float, step: int) -> None:
@@ -277,3 +320,9 @@ class Feed:
 
 def _rates(images: int, wait_s: float, elapsed_s: float) -> dict[str, float]:
     return {"images_per_s": images / elapsed_s, "data_wait_fraction": wait_s / elapsed_s}
+
+
+if __name__ == "__main__":
+    import report
+
+    report.main()
