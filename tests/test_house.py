@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 VERBS = [ROOT / f"{name}.py" for name in ("train", "convert", "evaluate")]
-CHAPTERS = [path for path in (*VERBS, ROOT / "presets.py", ROOT / "runlog.py") if path.exists()]
+TALK = [ROOT / f"{name}.py" for name in ("presets", "runlog", "provenance", "verdict", "report")]
+CHAPTERS = [path for path in (*VERBS, *TALK) if path.exists()]
 ROOMS = [path for room in ("pipeline", "model") for path in sorted((ROOT / room).rglob("*.py"))]
 BENCH = sorted((ROOT / "bench").rglob("*.py"))
 OWN = {path.stem for path in CHAPTERS} | {"pipeline", "model", "bench"}
@@ -61,7 +62,7 @@ def test_nothing_imports_a_verb(path: Path) -> None:
     assert not tops(path) & {verb.stem for verb in VERBS}
 
 
-@pytest.mark.parametrize("name", ["train", "presets", "runlog"])
+@pytest.mark.parametrize("name", ["train", *(path.stem for path in TALK)])
 def test_the_command_line_is_answered_before_torch_is_loaded(name: str) -> None:
     loaded = tops(ROOT / f"{name}.py", at_module_level=True)
     assert not loaded & {"torch", "torchvision", "pipeline", "model"}
