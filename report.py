@@ -73,7 +73,9 @@ def chart(title: str, goal: str, curves: dict[str, Points], unit: str = "", log:
         drawn.append(f'<line x1="{_LEFT}" x2="{_W - _RIGHT}" y1="{y(tick)}" y2="{y(tick)}"/>')
         drawn.append(f'<text class="y" x="{_LEFT - 6}" y="{y(tick)}" dy="4">{figure(tick, unit)}</text>')
     drawn += [f'<text class="x" x="{x(tick)}" y="{_H - 5}">{figure(tick)}</text>' for tick in _ticks(0, last)]
-    read: dict[int, str] = {}
+    steps = sorted({step for points in curves.values() for step, _ in points})
+    strips = steps[:: -(-len(steps) // 100)]  # touched, each says what is read off at its beginning
+    read = {step: f"step {step:,}" for step in (*strips, steps[-1])}
     for number, (name, points) in enumerate(curves.items()):
         path, pen = "", "M"
         for step, value in thinned(points):
@@ -82,9 +84,8 @@ def chart(title: str, goal: str, curves: dict[str, Points], unit: str = "", log:
             pen = "L" if shown else "M"
         drawn.append(f'<path class="s{number}" d="{path}"/>')
         for step, value in points:
-            text = "not finite" if value is None else figure(value, unit)
-            read[step] = read.get(step, f"step {step:,}") + f", {escape(name)} {text}"
-    strips = sorted(read)[:: -(-len(read) // 100)]  # touched, each says what is read off at its beginning
+            if step in read:
+                read[step] += f", {escape(name)} {'not finite' if value is None else figure(value, unit)}"
     for step, following in zip(strips, [*strips[1:], last], strict=True):
         box = f'x="{x(step)}" y="{_TOP}" width="{x(following) - x(step):.1f}" height="{_H - _TOP - _BOTTOM}"'
         drawn.append(f"<rect {box}><title>{read[step]}</title></rect>")
@@ -92,8 +93,8 @@ def chart(title: str, goal: str, curves: dict[str, Points], unit: str = "", log:
     keys = f'<p class="keys">{keys}</p>' if len(curves) > 1 else ""
     return (
         f'<figure><figcaption><b>{title}</b> {goal}</figcaption>{keys}<svg viewBox="0 0 {_W} {_H}" '
-        f'role="img" aria-label="{title} over the steps; {read[max(read)]}">{"".join(drawn)}</svg>'
-        f"<output>{read[max(read)]}</output></figure>"
+        f'role="img" aria-label="{title} over the steps; {read[steps[-1]]}">{"".join(drawn)}</svg>'
+        f"<output>{read[steps[-1]]}</output></figure>"
     )
 
 
@@ -141,8 +142,7 @@ def _matrices(run: Run) -> str:
             found += f"<figure>{picture}<figcaption>{step}</figcaption></figure>"
     explained = "A corner of C: how each dimension of view a (row) correlates with each of view b (column). "
     explained += "The goal is the identity, a blue diagonal and nothing beside it."
-    scale = '<p class="scale">-1 <i></i> 1</p>'
-    return f'<p>{explained}</p><div class="matrices">{found}</div>{scale}' if found else ""
+    return found and f'<p>{explained}</p><div class="matrices">{found}</div><p class="scale">-1 <i></i> 1</p>'
 
 
 def _views(run: Run) -> str:
