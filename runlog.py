@@ -1,4 +1,7 @@
-"""What a run says: live progress, messages, `metrics.jsonl`, the picture of its views, `summary.json`."""
+"""What a run says: live progress, messages, `metrics.jsonl` and TensorBoard, `environment.json`, `summary.json`.
+
+python -m runlog RUN    writes RUN/report.html, the page about a run, while it runs or afterwards
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +30,6 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 from rich.text import Text
-
-from provenance import environment as environment
 
 T = TypeVar("T")
 
@@ -153,30 +154,6 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-class Metrics:
-    """`metrics.jsonl`: a line of numbers for every so many steps. A resumed run goes on with what it had at `step`."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if step and path.exists():
-            lines = (line for line in path.read_text().splitlines() if line.endswith("}"))  # the last may be torn
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] < step]
-        temporary = path.with_name(path.name + ".tmp")  # killed while it rewrites them, a run still has its metrics
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115  # closed by __exit__
-
-    def __enter__(self) -> Metrics:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with suppress(OSError):  # of lines that a full disk has refused already
-            self._file.close()
-
-    def write(self, **values: float | str | None) -> None:
-        self._file.write(json.dumps(values) + "\n")
-
-
 _NOT_OURS = (ValueError, OSError, FloatingPointError)  # faults that somebody else than us can have made
 
 
@@ -267,49 +244,7 @@ def reading(values: dict[str, float]) -> str:
     )
 
 
-class Feed:
-    """Hands out batches of `batch_size` images, and knows how many came and how long they had to be waited for."""
+if __name__ == "__main__":
+    import report
 
-    def __init__(self, batches: Iterator[Any], batch_size: int, before: dict[str, Any] | None = None) -> None:
-        """before: the `state` of the run that this one goes on with."""
-        self._batches, self._batch_size = batches, batch_size
-        before = before or {"images": 0, "wait_s": 0.0, "elapsed_s": 0.0}
-        self._images, self._wait_s = before["images"], before["wait_s"]
-        self._read_at = time.monotonic()
-        self._began = self._read_at - before["elapsed_s"]
-        self._read = (self._images, self._wait_s)
-
-    def __iter__(self) -> Feed:
-        return self
-
-    def __next__(self) -> Any:
-        asked = time.monotonic()
-        batch = next(self._batches)
-        self._wait_s += time.monotonic() - asked
-        self._images += self._batch_size
-        return batch
-
-    def rates(self) -> dict[str, float]:
-        """Since the last call."""
-        (images, wait_s), self._read = self._read, (self._images, self._wait_s)
-        began, self._read_at = self._read_at, time.monotonic()
-        return _rates(self._images - images, self._wait_s - wait_s, self._read_at - began)
-
-    def state(self) -> dict[str, Any]:
-        return {"images": self._images, "wait_s": self._wait_s, "elapsed_s": time.monotonic() - self._began}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The time of the block is nobody's."""
-        began = time.monotonic()
-        yield
-        self._began += time.monotonic() - began
-        self._read_at += time.monotonic() - began
-
-    def total(self) -> dict[str, float]:
-        """Since the beginning."""
-        return _rates(self._images, self._wait_s, time.monotonic() - self._began)
-
-
-def _rates(images: int, wait_s: float, elapsed_s: float) -> dict[str, float]:
-    return {"images_per_s": images / elapsed_s, "data_wait_fraction": wait_s / elapsed_s}
+    report.main()

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import run_folder
 import runlog
 from held_out import HeldOut, open_stores
+from metrics import Feed, Metrics
 from presets import Pretrain, parse
+from provenance import environment
 from runlog import RunLog
 
 # torch's CPU threads must not spin while they wait: the decoding threads need those cores. And views lie in huge pages:
@@ -163,13 +165,13 @@ def pretrain(
         return progress | {name: part.state_dict() for name, part in learned.items()}
 
     # ── loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-    environment = runlog.environment([pipeline.describe_device(device)] * ranks.size)
+    about = environment([pipeline.describe_device(device)] * ranks.size)
     picture = pipeline.view_picture(train_store, recipe, config.run.seed)
-    run_folder.describe(run, {"preset": preset, **settings}, environment, picture)
-    metrics = cleanup.enter_context(runlog.Metrics(run / "metrics.jsonl", first_step))
+    run_folder.describe(run, {"preset": preset, **settings}, about, picture)
+    metrics = cleanup.enter_context(Metrics(run / "metrics.jsonl", first_step))
     last_step = 1 if config.run.dry_run else steps - 1
     batches = cleanup.enter_context(closing(loader.steps(first_step, last_step + 1)))
-    feed = runlog.Feed(batches, config.optim.batch_size, progress["fed"])
+    feed = Feed(batches, config.optim.batch_size, progress["fed"])
     collapse, bad_said = barlow.Collapse(progress["highest"]), 0
     correlation_steps = {round(fraction * (steps - 1)) for fraction in _CORRELATIONS}
     eval_steps = config.run.eval_epochs and config.run.eval_epochs * len(loader)

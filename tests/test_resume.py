@@ -35,7 +35,7 @@ from conftest import (
 
 import model
 import pipeline
-from runlog import Metrics
+from metrics import Metrics
 
 LONG = ["--epochs", "4", "--log-steps", "3", "--checkpoint-minutes", "0", "--lr", "6"]  # 20 steps
 
