@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,13 +78,13 @@ def run_on(device: torch.device, network: BarlowTwins, compile_mode: str | None)
             broadcast_buffers=False,  # batch norm's averages are those of the global batch already
             gradient_as_bucket_view=True,
         )
-    copies.register_comm_hook(None, _sum)
+    # The gradient of the global loss is the sum of what the ranks find, not their mean (see loss.py).
+    copies.register_comm_hook(None, lambda _, bucket: _sum(bucket.buffer()))
     return copies
 
 
-def _sum(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
-    """The gradient of the global loss is the sum of what the ranks find, not their mean (see loss.py)."""
-    summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+def _sum(gradients: Tensor) -> torch.futures.Future[Tensor]:
+    summed = dist.all_reduce(gradients, async_op=True).get_future()
     return summed.then(lambda future: future.value()[0])
 
 

@@ -35,7 +35,8 @@ class Ranks:
     def joined(self, device: torch.device) -> Iterator[None]:
         """Within the block the ranks can speak to each other: by NCCL between GPUs, and by gloo between CPUs.
 
-        An error that ends the block ends the process: the others are then told by their broken connections.
+        An error that ends the block is to end the process: the others are told by their broken connections, and fail
+        with a ConnectionError, so that the reason is said once.
         """
         if self.size == 1:
             yield
@@ -49,7 +50,15 @@ class Ranks:
             timeout=_PATIENCE,
             device_id=device if device.type == "cuda" else None,
         )
-        yield
+        try:
+            yield
+        except Exception as error:
+            if self.first_to_fail():
+                raise
+            broken = ConnectionError("another rank has failed, whose error says why")
+            for note in getattr(error, "__notes__", ()):
+                broken.add_note(note)
+            raise broken from None
         if self._vote is not None:
             self._vote[0].wait()
         dist.destroy_process_group()
