@@ -222,13 +222,14 @@ def diverged(step: int, loss: float, in_a_row: int) -> str:
     return f"the loss is {loss} at step {step}{skipped}: try a lower --lr. checkpoint.pt is from before that"
 
 
-def outlook(peak: int, largest_batch: int, seconds: float, device: str, ranks: int) -> dict[str, str]:
-    """What a whole run will take. peak: bytes of memory, of each rank; seconds: of the run."""
+def outlook(peak: int, largest: int, images: int, seconds: float, device: str, ranks: int) -> dict[str, str]:
+    """What a whole run will take. peak: bytes of each rank; largest: a batch of the `images`; seconds: of the run."""
     hours = f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
     gpu_hours = "" if device.endswith("cores") else f", {ranks * seconds / 3600:,.1f} GPU-hours"
+    fits = f"about {largest:,}" if largest < images else f"all {images:,}"
     return {
         "peak memory": f"{peak / 1e9:.1f} GB" + " on each rank" * (ranks > 1),
-        "largest batch": f"about {largest_batch:,} images a step would fit",
+        "largest batch": f"{fits} images in one step would fit",
         "the whole run": f"about {hours}{gpu_hours} on {device}, as fast as the second step",
     }
 

@@ -223,7 +223,7 @@ def pretrain(
         half = [view[: batch_size // 2] for view in (view_a, view_b)]
         largest = ranks.size * barlow.largest_batch(device, batch_size, peak, lambda: learn(*half))
         seconds = steps * config.optim.batch_size / values["images_per_s"]  # since the step before
-        log.table(runlog.outlook(peak, largest, seconds, device_name, ranks.size))
+        log.table(runlog.outlook(peak, largest, len(train_store), seconds, device_name, ranks.size))
     if config.run.dry_run or not ranks.first:
         return 0
     checkpoints.wait()
