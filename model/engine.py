@@ -1,10 +1,9 @@
 """How the network is run on its devices: precision, compilation, and one copy on each rank."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: torch compares those of `_sum` with its types, and refuses words.
 
 import os
 import warnings
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,7 +56,8 @@ def run_on(device: torch.device, network: BarlowTwins, compile_mode: str | None)
     """What takes the place of `network`, already on `device`, in the training step: its parameters are the same.
 
     The network and its loss become one graph. Among several ranks they become two: the gradients of the projector,
-    which are most of all, then travel while those of the backbone are computed.
+    which are most of all, then travel while those of the backbone are computed. (torch cuts the backbone's once more
+    wherever a bucket of gradients, 25 MiB, is full: for the same reason.)
     """
     if compile_mode is not None:
         if world() == 1:
@@ -67,7 +67,8 @@ def run_on(device: torch.device, network: BarlowTwins, compile_mode: str | None)
             network.compare = torch.compile(network.compare, mode=compile_mode)  # type: ignore[method-assign]
     if world() == 1:
         return network
-    if compile_mode is None and device.type == "cuda" and not network.backbone.layer1.recompute:
+    one_by_one = not (network.one_pass or network.backbone.layer1.recompute)  # all that torch's own layer can do
+    if compile_mode is None and device.type == "cuda" and one_by_one:
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 has another name for it, which 2.11 does not know
@@ -81,7 +82,7 @@ def run_on(device: torch.device, network: BarlowTwins, compile_mode: str | None)
     return copies
 
 
-def _sum(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+def _sum(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """The gradient of the global loss is the sum of what the ranks find, not their mean (see loss.py)."""
     summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return summed.then(lambda future: future.value()[0])
