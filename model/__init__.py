@@ -2,10 +2,11 @@
 
 from .backbone import BACKBONES, build_backbone
 from .barlow_twins import BarlowTwins
-from .checkpoint import LastStep, configuration_changes, load_checkpoint, save_checkpoint, write_atomically
+from .checkpoint import Checkpoints, configuration_changes, load_checkpoint, save_checkpoint, write_atomically
 from .engine import choose_precision, compile_network
 from .knn import colour_feature, knn_accuracies, knn_accuracy, pixel_feature
 from .lars import LARS, parameter_groups
+from .last_step import LastStep
 from .layouts import export_backbone
 from .loss import LossParts, barlow_loss, normalize
 from .schedule import learning_rate_factor
@@ -14,6 +15,7 @@ __all__ = [
     "BACKBONES",
     "LARS",
     "BarlowTwins",
+    "Checkpoints",
     "LastStep",
     "LossParts",
     "barlow_loss",

@@ -1,33 +1,157 @@
-"""Checkpoints that are written whole or not at all, also when a fault ends a run; checked when read, never run code."""
+"""Checkpoints that are written whole or not at all, while training goes on; checked when read, never run code."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import os
 import pickle
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor
 
 # torch files are zip archives. The digest of one is its comment, whose length stands before it: in a fresh file, 0.
 _NO_COMMENT, _MARK = b"\0\0", (7 + 64).to_bytes(2, "little") + b"sha256:"
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+class Checkpoints:
+    """The checkpoints of one run: `folder`/checkpoint.pt is the newest, checkpoint-00000123.pt one that it superseded.
+
+    The last `keep` of them stay, the newest included, and each whose step is a multiple of `milestone_steps`. Killed at
+    any moment, it leaves the one before or the new one to be loaded. Use it as a context manager: it has a thread.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3, milestone_steps: int | None = None) -> None:
+        assert keep > 0
+        self.path = folder / "checkpoint.pt"
+        self.step: int | None = None  # of the newest whole one, once something was loaded or is on the disk
+        self._at_path = False  # whether that is the one at `path`; otherwise what lies there is damaged, if anything
+        self._keep, self._milestone_steps = keep, milestone_steps
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._writing: futures.Future[None] | None = None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Take a copy of `state`, which has its "step" (int), and return while a thread writes it.
+
+        Waits first until the save before is on the disk. OSError of a full disk: of that one, not of this.
+        """
+        self.wait()
+        if self.step is None:  # what a run that was not resumed finds here must be superseded as well
+            with suppress(ValueError):
+                self.load()
+        devices: set[torch.device] = set()
+        state = _in_host_memory(state, devices)
+        # Blocking: the thread that waits for the copies sleeps, it does not spin.
+        copied = [torch.cuda.current_stream(d).record_event(torch.cuda.Event(blocking=True)) for d in devices]
+        self._writing = self._thread.submit(self._write, state, copied)
+
+    def wait(self) -> None:
+        """Until everything is on the disk. OSError where that failed, once: what was there before is unchanged."""
+        if self._writing is not None:
+            futures.wait([self._writing])  # interrupted here, it is still to be waited for
+            done, self._writing = self._writing, None
+            done.result()
+
+    def load(self, device: torch.device | str = "cpu") -> tuple[dict[str, Any], list[str]]:
+        """The newest whole checkpoint, and a line for each damaged one before which it is preferred.
+
+        Changes nothing in the folder. ValueError where there is no checkpoint, or none that is whole.
+        """
+        self.wait()
+        numbered = [path for _, path in self._numbered()]
+        problems = []
+        for path in [self.path, *numbered] if self.path.exists() or not numbered else numbered:
+            try:
+                state = load_checkpoint(path, device)
+            except ValueError as error:
+                problems.append(str(error))
+            else:
+                self.step, self._at_path = state["step"], path == self.path
+                return state, [f"{problem}; {path} (step {self.step:,}) is used instead" for problem in problems]
+        raise ValueError("; ".join([*problems, "there is nothing to resume from"]))
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._thread.shutdown()
+        if error is None:
+            self.wait()
+
+    def _name(self, step: int) -> Path:
+        return self.path.with_name(f"checkpoint-{step:08d}.pt")
+
+    def _numbered(self) -> list[tuple[int, Path]]:
+        """(step, path) of those that were superseded, the newest first."""
+        paths = self.path.parent.glob(f"checkpoint-{'[0-9]' * 8}.pt")
+        return sorted(((int(path.stem[-8:]), path) for path in paths), reverse=True)
+
+    def _write(self, state: dict[str, Any], copied: Sequence[torch.cuda.Event]) -> None:
+        for event in copied:
+            event.synchronize()
+        step = state["step"]
+        # Those beyond the step that this run went on from are damaged, or of a future that was given up by putting an
+        # older one at `path`. Gone before anything else is done, they are never taken for newer than what comes now.
+        for number, path in self._numbered():
+            if self.step is not None and number > self.step:
+                path.unlink()
+        superseded = self._name(self.step) if self._at_path and self.step not in (None, step) else None
+        save_checkpoint(self.path, state, superseded)
+        self.step, self._at_path = step, True
+        for number, path in self._numbered()[self._keep - 1 :]:
+            if self._milestone_steps is None or number % self._milestone_steps:
+                path.unlink()
+
+
+def _in_host_memory(value: Any, devices: set[torch.device]) -> Any:
+    """A copy that no later change of the tensors reaches. Those on the GPUs (added to `devices`) arrive by the current
+    stream, before what is queued there next, and are there only once that has come so far."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if not value.is_cuda:
+            return value.to("cpu", copy=True)
+        devices.add(value.device)
+        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # of the same type: with the versions that a state_dict carries
+        copied.update((name, _in_host_memory(part, devices)) for name, part in value.items())
+        return copied
+    if isinstance(value, list | tuple):
+        return type(value)(_in_host_memory(part, devices) for part in value)
+    return value
+
+
+def save_checkpoint(path: Path, state: dict[str, Any], superseded: Path | None = None) -> None:
     """Write `state` (tensors and plain Python values) to `path`, replacing it only once everything is on the disk.
 
-    The file stays one that `torch.load` reads. OSError (a full disk) leaves what was at `path` as it was.
+    The file stays one that `torch.load` reads. What was at `path` is then at `superseded`, where that is given. OSError
+    (a full disk) leaves what was at `path` as it was.
     """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    archive = buffer.getbuffer()
-    write_atomically(path, archive[:-2], _MARK, hashlib.sha256(archive).hexdigest().encode())
+    with _replacing(path, superseded) as file:
+        archive = _Archive(file)
+        try:
+            torch.save(state, archive)  # type: ignore[arg-type]  # not a whole file, but what of one is used
+        except RuntimeError as error:  # torch ends its archive even so, and says how that failed
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        file.seek(-len(_NO_COMMENT), os.SEEK_END)
+        file.write(_MARK + archive.sha256.hexdigest().encode())
+
+
+class _Archive:
+    """What torch.save writes to: a file, and the digest of it. (Made in memory first, it would stall other threads.)"""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._write, self.flush, self.sha256 = file.write, file.flush, hashlib.sha256()
+
+    def write(self, data: memoryview) -> int:
+        self.sha256.update(data)
+        return self._write(data)
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -35,89 +159,59 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; there is nothing to resume from") from None
-    archive, mark, digest = data[: -len(_MARK) - 64], data[-len(_MARK) - 64 : -64], data[-64:]
-    if mark != _MARK or hashlib.sha256(archive + _NO_COMMENT).hexdigest().encode() != digest:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    archive, mark, digest = memoryview(data)[: -len(_MARK) - 64], data[-len(_MARK) - 64 : -64], data[-64:]
+    actual = hashlib.sha256(archive)
+    actual.update(_NO_COMMENT)
+    if mark != _MARK or actual.hexdigest().encode() != digest:
         raise ValueError(f"{path} is damaged or no checkpoint of twinfeed: its checksum does not hold")
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is no checkpoint of twinfeed: it holds more than tensors and plain values") from None
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise ValueError(f"{path} is no checkpoint of twinfeed: it does not say of which step it is")
     return state
 
 
-def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file that is either all there or not there: to a temporary name, to the disk, then renamed."""
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Write a file that is either all there or not there. OSError (a full disk) leaves what was there before."""
+    with _replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def _replacing(path: Path, superseded: Path | None = None) -> Iterator[BinaryIO]:
+    """A file under a temporary name; once it is on the disk, the one at `path` is renamed to `superseded`, and it to
+    `path`. In between, there is nothing at `path`."""
     temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
     try:
         with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
+            yield file
             file.flush()
             os.fsync(file.fileno())
+        if superseded is not None and path.exists():
+            os.replace(path, superseded)
         os.replace(temporary, path)
-    except OSError as error:  # of a full disk, which does not say what it was writing
-        raise OSError(error.errno, f"{error.strerror}; what was there before is unchanged", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class LastStep:
-    """The last completed step of a training loop, which a fault in the next one does not take away.
-
-    Around the loop, it has that step saved by `write(step)` to `path` when an exception ends it, and notes on the
-    exception where to go on from. (Not on a FloatingPointError: what has diverged would again.) `path` None: never.
-    """
-
-    def __init__(self, network: nn.Module, write: Callable[[int], None], path: Path | None, step: int) -> None:
-        self._write, self._path, self._done, self._saved, self._whole = write, path, step, step, True
-        self.saved_at = time.monotonic()
-        # Batch norm's averages, which the forward pass changes: by type, so that each copy is one operation.
-        types = [[b for b in network.buffers() if b.is_floating_point() is floating] for floating in (True, False)]
-        self._buffers = [(buffers, [b.clone() for b in buffers]) for buffers in types if buffers]
-
-    @contextmanager
-    def update(self) -> Iterator[None]:
-        """Around the optimizer's step: in there the weights belong to no step, and a fault leaves nothing to save."""
-        self._whole = False
-        yield
-        for buffers, kept in self._buffers:
-            torch._foreach_copy_(kept, buffers)
-        self._done, self._whole = self._done + 1, True
-
-    def save(self) -> None:
-        if self._path is not None:
-            self._write(self._done)
-        self._saved, self.saved_at = self._done, time.monotonic()
-
-    def __enter__(self) -> LastStep:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, FloatingPointError) and self._path is not None:
-            error.add_note(f"it ended after step {self._done:,}{self._rescue()}")
-
-    def _rescue(self) -> str:
-        lost = ""
-        if not self._whole:
-            lost = ", in the middle of the next update"
-        elif self._done > self._saved:
-            try:
-                for buffers, kept in self._buffers:
-                    torch._foreach_copy_(buffers, kept)
-                self.save()
-            except Exception as reason:
-                lost = f", which cannot be saved ({(str(reason) or repr(reason)).splitlines()[0]})"
-        if not self._saved:
-            return f"{lost}: nothing is saved to go on from"
-        which = f"{lost}: step {self._saved:,}" if lost else ", which"
-        return f"{which} is saved in {self._path}: --resume goes on from there"
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
+        said = f"{error.strerror}; what was there before is unchanged"  # a full disk does not say what it was writing
+        raise OSError(error.errno, said, str(path)) from error
+    with suppress(OSError):  # of file systems that have this for files alone
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def configuration_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """A line for each setting that differs between two configurations."""
     return [
-        f"{name}: {saved.get(name, 'not set')} when it was saved, {current.get(name, 'not set')} now"
+        f"{name}: {saved.get(name, 'nothing')} saved, {current.get(name, 'nothing')} now"
         for name in sorted(saved.keys() | current.keys())
         if saved.get(name) != current.get(name)
     ]
