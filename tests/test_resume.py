@@ -189,7 +189,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(train: Train, stopped: list[object], tmp_path: Path) -> None:
