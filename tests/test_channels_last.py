@@ -36,20 +36,8 @@ class Copies(TorchDispatchMode):
         return result
 
 
-# In float32 batch norm returns a view of both views' batch, and the in-place ReLU that changes it makes autograd copy
-# its gradient, channels-first. (With autocast, or compiled with it, there is no view.)
-IN_FLOAT32 = pytest.mark.xfail(strict=True, reason="one pass in float32: gradients behind a batch norm's view")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "one_pass"),
-    [
-        (torch.float32, False),
-        (torch.bfloat16, False),
-        (torch.bfloat16, True),
-        pytest.param(torch.float32, True, marks=IN_FLOAT32),
-    ],
-)
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
 def test_nothing_is_transposed_in_a_step(backbone: str, dtype: torch.dtype, one_pass: bool) -> None:
     torch.manual_seed(0)
