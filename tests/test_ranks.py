@@ -52,7 +52,7 @@ VARIANTS = {  # of two ranks
     "recomputed": DXD._replace(recompute=True, steps=range(4)),
     "traced": NXN._replace(one_pass=True, recompute=True, backend="aot_eager", blocks=(1, 0, 0, 0), steps=range(3)),
 }
-COMPILED = {"compiled": NXN._replace(one_pass=True, backend="inductor", steps=range(4))}
+COMPILED = {"compiled": NXN._replace(one_pass=True, backend="inductor", blocks=(1, 0, 0, 0), steps=range(4))}
 Found = dict[str, Any]
 
 
@@ -168,7 +168,7 @@ def launch(folders: dict[int, Path], cases: dict[int, dict[str, Case]]) -> None:
             process = fork.Process(target=a_rank, args=(rank, size, port, folder, cases[size]))
             process.start()
             processes[folder / f"{rank}.status"] = process
-    end = time.monotonic() + 300
+    end = time.monotonic() + 600
     for status, process in processes.items():
         process.join(max(0, end - time.monotonic()))
         process.kill()
