@@ -203,8 +203,11 @@ def test_all_is_measured_recorded_and_reported(
     monkeypatch.setattr(torch._dynamo.config, "disable", True)
     path, trace = tmp_path / "step.json", tmp_path / "trace.json.gz"
     arguments = ["--quick", "--device", "cpu", "--batch-size", "4", "8", "--json", str(path), "--trace", str(trace)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # among other tests' processes, several would wait for each other
     with RunLog() as log:
         assert step.main(arguments, log) == 0
+    torch.set_num_threads(threads)
     said = capsys.readouterr().out
     result = record.read(path)
     assert (
