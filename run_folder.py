@@ -12,6 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 from presets import RunConfig
 from runlog import PREEMPTED, RunLog
 
+_FIRST = {".lock", "config.json.tmp"}  # what a run makes before its config.json
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -22,7 +24,8 @@ def check(folder: Path) -> None:
     """ValueError where `folder` is anything but new, empty, or the folder of a run."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: --run-folder wants a folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if there - _FIRST and "config.json" not in there:
         raise ValueError(f"{folder} holds something else than a run: --run-folder wants a new folder")
 
 
