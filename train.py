@@ -158,9 +158,11 @@ def pretrain(
     first_step, loss_first, values = progress["step"], progress["loss_first"], progress["values"]
     cleanup.enter_context(run_folder.claim(run))
 
-    def state(step: int) -> dict[str, Any]:
-        """All that the run goes on from after `step` steps."""
-        progress = {"step": step, "loss_first": loss_first, "values": values, "fed": feed.state()}
+    def state(done: int) -> dict[str, Any]:
+        """All that the run goes on from after so many steps."""
+        if done >= step and not math.isfinite(loss := float(twins.loss.detach())):  # not back at a step before it
+            raise FloatingPointError(f"the loss is {loss}")
+        progress = {"step": done, "loss_first": loss_first, "values": values, "fed": feed.state()}
         progress |= {"highest": collapse.highest, "settings": settings}
         return progress | {name: part.state_dict() for name, part in learned.items()}
 

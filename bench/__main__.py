@@ -4,6 +4,7 @@ python -m bench                      the ladder on drawn photographs, the verdic
 python -m bench --data DIR --quick   on your images, within a minute
 torchrun --nproc-per-node 8 -m bench all ranks together, and what contention costs
 python -m bench convert              conversions, FFCV's writer beside ours
+python -m bench step                 the training step alone, the authors' beside ours
 python -m bench report               tables and plot of the committed results
 python -m bench doctor               what is installed, what is missing, and what it would bring
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 
 from runlog import RunLog
 
@@ -28,11 +30,11 @@ def main(arguments: list[str]) -> int:
         from . import report
 
         return report.main(arguments[1:])
-    if arguments[:1] == ["convert"]:
+    if arguments[:1] in (["convert"], ["step"]):
         with RunLog() as log:
             with log.bar("loading torch"):
-                from . import convert
-            return convert.main(arguments[1:], log)
+                verb = import_module(f".{arguments[0]}", __package__)
+            return verb.main(arguments[1:], log)
     from . import options
 
     config = options.parse(arguments)

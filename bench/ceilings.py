@@ -9,11 +9,14 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as barlow
@@ -75,9 +78,12 @@ def copying(bytes_per_image: int, device: torch.device) -> float:
     return _GPU_BLOCK / bytes_per_image / _seconds(lambda: target.copy_(block, non_blocking=True), device)
 
 
-def arithmetic(network: ModelConfig, size: int, device: torch.device) -> float:
-    """Images/s if the step were nothing but its multiplications, at the speed of a large matrix product."""
-    dtype = barlow.choose_precision("auto", device)
+def arithmetic(network: ModelConfig, size: int, device: torch.device, dtype: torch.dtype | None = None) -> float:
+    """Images/s if the step were nothing but its multiplications, at the speed of a large matrix product.
+
+    dtype: of the product, by default what the step would choose.
+    """
+    dtype = dtype or barlow.choose_precision("auto", device)
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     flop_per_s = 2 * side**3 / _seconds(lambda: a @ b, device)
@@ -86,14 +92,59 @@ def arithmetic(network: ModelConfig, size: int, device: torch.device) -> float:
 
 def step_flop(network: ModelConfig, size: int) -> float:
     """Floating-point operations of network and projector in a training step, for both views of an image."""
-    batch = 4
+    with FlopCounterMode(display=False) as counter:
+        images = _count_a_view(network, size)
+    return 2 * counter.get_total_flops() / images
+
+
+def memory_speed(device: torch.device) -> float:
+    """Bytes/s that are read and written while a large block is copied within the device's memory."""
+    block = (4 if device.type == "cuda" else 1) * _GPU_BLOCK
+    source = torch.ones(block, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    return 2 * block / _seconds(lambda: target.copy_(source), device)
+
+
+def step_traffic(network: ModelConfig, size: int, dtype: torch.dtype, fused: bool = False) -> float:
+    """Bytes that a training step reads and writes at least, for both views of an image, in a batch that is large.
+
+    Each operation of network and projector reads what it is given and writes what it returns. fused: ReLUs cost
+    nothing, since what comes before them does them as well.
+    """
+    with _Traffic(fused) as counter:
+        images = _count_a_view(network, size)
+    return 2 * counter.elements * dtype.itemsize / images
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts elements of tensors that operations read and write."""
+
+    # So many of their first tensors are read a second time: batch norm needs the moments first, and a convolution's
+    # backward pass is two products with the gradient.
+    _TWICE: ClassVar = {"native_batch_norm": 1, "native_batch_norm_backward": 2, "convolution_backward": 1}
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.elements = 0
+        self._free = {"relu_", "threshold_backward"} if fused else set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, given: Any = (), options: Any = None) -> Any:
+        result, name = operation(*given, **(options or {})), operation.overloadpacket.__name__
+        if not operation.is_view and name not in self._free:
+            moved = tree_leaves((given, result, given[: self._TWICE.get(name, 0)]))
+            self.elements += sum(x.numel() for x in moved if isinstance(x, torch.Tensor))
+        return result
+
+
+def _count_a_view(network: ModelConfig, size: int) -> int:
+    """A forward and backward pass of one view in which nothing is computed; how many images were in it."""
+    batch = 256  # of which what parameters take, once a step, is a small part
     with torch.device("meta"):
         backbone = barlow.build_backbone(network.backbone, network.width, network.small_stem)
         model = barlow.BarlowTwins(backbone, network.projector, network.lambd, network.loss_scale)
         view = torch.empty(batch, 3, size, size)
-    with FlopCounterMode(display=False) as counter:
-        model.projector(model.backbone(view)).sum().backward()
-    return 2 * counter.get_total_flops() / batch
+    model.projector(model.backbone(view)).sum().backward()
+    return batch
 
 
 def _on_all(threads: int, work: Callable[[int], object]) -> float:

@@ -77,6 +77,23 @@ class Contender:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A way to take the training step, or to compute the loss and its gradients, in turns with the others."""
+
+    name: str
+    against: str  # the name of the one that it is compared with
+    precision: str
+    batch_size: int
+    rates: Rates
+    ratio: float | None  # of its rate to the other's: the median over the turns; None where the other has none
+    memory_gib: float | None  # that it allocates at most, beside the views; None where that was not measured
+
+    @property
+    def ms(self) -> float:
+        return 1000 * self.batch_size / self.rates.median
+
+
+@dataclass(frozen=True)
 class Machine:
     cpu: str
     cores: int  # that may be used
@@ -110,6 +127,7 @@ class Record:
     contenders: list[Contender]
     bounds: dict[str, float]  # images/s that each resource could feed or train at most
     verdict: list[str]
+    steps: list[Step] = field(default_factory=list)
     schema: int = SCHEMA
 
     def write(self, path: Path) -> None:
@@ -136,8 +154,12 @@ def _record(values: dict[str, Any]) -> Record:
     def contender(of: dict[str, Any]) -> Contender:
         return Contender(**{**of, "rates": Rates(**of["rates"])})
 
+    def step(of: dict[str, Any]) -> Step:
+        return Step(**{**of, "rates": Rates(**of["rates"])})
+
     parts: dict[str, Any] = {"machine": Machine(**values["machine"]), "data": Data(**values["data"])}
     parts |= {"rungs": list(map(rung, values["rungs"])), "contenders": list(map(contender, values["contenders"]))}
+    parts |= {"steps": list(map(step, values.get("steps", [])))}  # which earlier records do not have
     return Record(**{**values, **parts})
 
 

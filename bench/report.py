@@ -31,10 +31,32 @@ def main(arguments: list[str]) -> int:
     records = [record.read(path) for path in files]
     if not records:
         raise ValueError("there are no records in bench/results: make one with `python -m bench --json FILE`")
-    print("\n\n".join(markdown(result) if result.rungs else conversions(result) for result in records))
+    print("\n\n".join(map(rendered, records)))
     if config.plot:
         draw([result for result in records if result.rungs], config.plot)
     return 0
+
+
+def rendered(result: Record) -> str:
+    """By what was measured."""
+    return (steps if result.steps else markdown if result.rungs else conversions)(result)
+
+
+def steps(result: Record) -> str:
+    """What `python -m bench step` has measured."""
+    s = result.settings
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    said = " ".join([*(f"{what}." for what in s["skipped"]), *result.verdict])
+    lines = [
+        f"{_where(result)}; {s['network']}; the loss at D {s['loss']['d']} ({versions}).",
+        "",
+        *_table(show.STEP_HEADERS, [show.row_of_step(step, result) for step in result.steps]),
+        "",
+        show.STEP_COLUMNS,
+        "",
+        said,
+    ]
+    return "\n".join(lines)
 
 
 def markdown(result: Record) -> str:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from runlog import RunLog
 
-from .record import Contender, Record, Rung
+from .record import Contender, Record, Rung, Step
 
 
 def record(result: Record, log: RunLog) -> None:
@@ -49,6 +49,35 @@ def conversions(result: Record, log: RunLog) -> None:
     log.say(f"\n{m.cpu}, {m.cores} cores; {d.images:,} {d.name}, {d.mean_bytes / 1000:.0f} kB\n")
     rows = [(c.name, number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}") for c in result.contenders]
     log.console.print(_table(("conversion", "images/s", "+-", "to FFCV's"), rows))
+
+
+STEP_HEADERS = ("step", "batch", "images/s", "+-", "ms", "ratio", "GiB", "memory", "products")
+STEP_COLUMNS = (
+    "Ratio: of the rate to the authors'. Memory, products: the rate as a fraction of what the memory allows operation "
+    "by operation, and of what the multiplications allow."
+)
+
+
+def steps(result: Record, log: RunLog) -> None:
+    """What `python -m bench step` has measured."""
+    m, loss = result.machine, result.settings["loss"]
+    gpu = f", {m.gpu} ({m.gpu_power_limit_w or '?'} W)" if m.gpu else ""
+    log.say(f"\n{m.cpu}, {m.cores} cores{gpu}; {result.settings['network']}; the loss at D {loss['d']}")
+    log.say(f"{STEP_COLUMNS}\n")
+    log.console.print(_table(STEP_HEADERS, [row_of_step(step, result) for step in result.steps]))
+    log.say("")
+    for sentence in [*result.settings["skipped"], *result.verdict]:
+        log.say(sentence)
+
+
+def row_of_step(step: Step, result: Record) -> tuple[str, ...]:
+    """Under STEP_HEADERS. For the loss alone there are no ceilings."""
+    bounds = (result.bounds[f"{what}, {step.precision}"] for what in ("memory traffic", "multiplications"))
+    reached = ("", "") if "loss," in step.name else (f"{step.rates.median / bound:.0%}" for bound in bounds)
+    ratio = "" if step.ratio is None else f"{step.ratio:.2f}"
+    memory = "" if step.memory_gib is None else f"{step.memory_gib:.3g}"
+    figures = (number(step.rates.median), f"{step.rates.spread:.0%}", number(step.ms), ratio, memory)
+    return step.name, str(step.batch_size), *figures, *reached
 
 
 def row(rung: Rung, result: Record) -> tuple[str, str, str, str, str]:

@@ -42,7 +42,8 @@ class _OfEachView:
                 averages = (self.running_mean.clone(), self.running_var.clone())
             self.num_batches_tracked.add_(not _OfEachView.recomputing)
             return F.batch_norm(x, *averages, self.weight, self.bias, True, self.momentum, self.eps)
-        y = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (self.views, -1))  # [views, B, C, ...]
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
+        y = x.unflatten(0, (self.views, -1))  # [views, B, C, ...]
         within = (1, *range(3, y.ndim))
         variance, mean = torch.var_mean(y, within, correction=0, keepdim=True)  # [views, 1, C, ...]
         if world() > 1:
@@ -58,7 +59,9 @@ class _OfEachView:
                 self.num_batches_tracked.add_(self.views)
         shape = (-1, *[1] * (y.ndim - 3))
         scale = (variance + self.eps).rsqrt() * self.weight.view(shape)
-        return ((y - mean) * scale + self.bias.view(shape)).flatten(0, 1).to(x.dtype)
+        # [views * B, C, ...]: a view of y's shape would make autograd copy where a ReLU changes it in place.
+        mean, scale = (m.expand(-1, y.shape[1], *m.shape[2:]).flatten(0, 1) for m in (mean, scale))
+        return ((x - mean) * scale + self.bias.view(shape)).to(dtype)
 
 
 class BatchNorm1d(_OfEachView, nn.BatchNorm1d):  # type: ignore[misc]  # always with averages, weight and bias

@@ -119,7 +119,7 @@ def _in_host_memory(value: Any, devices: set[torch.device]) -> Any:
         devices.add(value.device)
         return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
     if isinstance(value, dict):
-        copied: dict[str, Any] = copy.copy(value)  # of the same type: with the versions that a state_dict carries
+        copied = copy.copy(value)  # of the same type: with the versions that a state_dict carries
         copied.update((name, _in_host_memory(part, devices)) for name, part in value.items())
         return copied
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
 """How the network is run on its devices: precision, compilation, and one copy on each rank."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: torch compares those of `_sum` with its types, and refuses words.
 
 import os
 import warnings
@@ -58,7 +58,8 @@ def run_on(device: torch.device, network: BarlowTwins, compile_mode: str | None)
     """What takes the place of `network`, already on `device`, in the training step: its parameters are the same.
 
     The network and its loss become one graph. Among several ranks they become two: the gradients of the projector,
-    which are most of all, then travel while those of the backbone are computed.
+    which are most of all, then travel while those of the backbone are computed. (torch cuts the backbone's once more
+    wherever a bucket of gradients, 25 MiB, is full: for the same reason.)
     """
     if compile_mode is not None:
         if world() == 1:
@@ -68,7 +69,8 @@ def run_on(device: torch.device, network: BarlowTwins, compile_mode: str | None)
             network.compare = torch.compile(network.compare, mode=compile_mode)  # type: ignore[method-assign]
     if world() == 1:
         return network
-    if compile_mode is None and device.type == "cuda" and not network.backbone.layer1.recompute:
+    one_by_one = not (network.one_pass or network.backbone.layer1.recompute)  # all that torch's own layer can do
+    if compile_mode is None and device.type == "cuda" and one_by_one:
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 has another name for it, which 2.11 does not know

@@ -65,7 +65,7 @@ class LARS(Optimizer):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return
-        grads = [p.grad for p in params]
+        grads = [_laid_out_as(p, p.grad) for p in params]
         if (scale := getattr(self, "grad_scale", None)) is not None:  # set by a GradScaler for the length of a step
             grads = list(torch._foreach_mul(grads, scale.reciprocal()))
         self.skipped = 1 - torch.stack(torch._foreach_norm(grads)).isfinite().all().float()
@@ -83,8 +83,8 @@ class LARS(Optimizer):
             clip_lr = group["lr"] if group["clip"] else None
             torch._foreach_mul_(grads, _layer_rates(params, grads, group["eta"], clip_lr))
         for p in params:
-            if "mu" not in self.state[p]:
-                self.state[p]["mu"] = torch.zeros_like(p)
+            mu = self.state[p].get("mu")
+            self.state[p]["mu"] = torch.zeros_like(p) if mu is None else _laid_out_as(p, mu)
         sgd(
             params,
             grads,
@@ -98,6 +98,14 @@ class LARS(Optimizer):
             nesterov=False,
             maximize=False,
         )
+
+
+def _laid_out_as(p: Tensor, x: Tensor) -> Tensor:
+    """x in the strides of p: torch's fused SGD takes them for equal on a CPU, and insists on it on a GPU."""
+    if x.stride() == p.stride():
+        return x
+    lies_alike = all(n == 1 or a == b for n, a, b in zip(p.shape, p.stride(), x.stride(), strict=True))
+    return x.as_strided(p.shape, p.stride()) if lies_alike else torch.empty_like(p).copy_(x)
 
 
 def _layer_rates(params: list[Tensor], grads: list[Tensor], eta: float, clip_lr: float | None) -> list[Tensor]:

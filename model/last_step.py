@@ -43,8 +43,7 @@ class LastStep:
         """
         self._whole = False
         yield
-        self._skipped = skipped()
-        verdict = self._skipped.bool()
+        verdict = skipped().bool()
         for buffers, kept, parts in self._averages:
             torch.where(verdict, kept, _flat(buffers), out=kept)  # selects: a NaN in the other is no matter
             torch._foreach_copy_(buffers, parts)
@@ -73,8 +72,6 @@ class LastStep:
         try:
             checkpoints.wait()  # only then is it known which step is on the disk
             if self._whole and self._done > self._saved:
-                if self._skipped.item():
-                    raise FloatingPointError("its gradients are nan or infinite")
                 for buffers, _, parts in self._averages:
                     torch._foreach_copy_(buffers, parts)
                 self.save(wait=True)

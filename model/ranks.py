@@ -53,7 +53,7 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            if self.first_to_fail():
+            if self._first_to_fail():
                 raise
             broken = ConnectionError("another rank has failed, whose error says why")
             for note in getattr(error, "__notes__", ()):
@@ -88,10 +88,9 @@ class Ranks:
         self._vote = dist.all_reduce(votes, async_op=True), votes  # on the CPU, by gloo
         return False
 
-    def first_to_fail(self) -> bool:
+    def _first_to_fail(self) -> bool:
         """Whether no other rank has failed before. The ranks that fail next do so because this one has."""
-        if self._store is None:
-            return self.first
+        assert self._store is not None
         try:
             return self._store.add("failed", 1) == 1
         except RuntimeError:  # whoever kept the store is gone

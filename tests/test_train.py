@@ -45,8 +45,8 @@ def test_a_dry_run_leaves_nothing_behind(
     before = sorted(flat.rglob("*"))
     status, text = train("--data", flat, *TINY, "--dry-run")
     assert status == 0, text
-    assert re.search(r"peak memory +\d+\.\d GB\n", text)
-    assert re.search(r"largest batch +all 40 images in one step would fit\n", text)
+    assert re.search(r"peak memory +\d+\.\d GB *\n", text)
+    assert re.search(r"largest batch +all 40 images in one step would fit *\n", text)
     assert re.search(r"the whole run +about \d+ min on cpu, \d+ cores", text)
     assert list(Path.cwd().iterdir()) == []
     assert sorted(flat.rglob("*")) == before
@@ -73,13 +73,9 @@ def test_a_labelled_folder_gives_a_summary_with_four_knn_scores(train: Train, ph
     assert summary["export"] == str(run / "backbone.safetensors")
     assert sorted(path.name for path in run.iterdir()) == [
         *(".lock", "backbone.pth", "backbone.safetensors", "checkpoint.pt", "config.json", "correlation"),
-        *(
-            "environment.json",
-            "metrics.jsonl",
-            "summary.json",
-            *["tensorboard"] * bool(importlib.util.find_spec("tensorboard")),
-            "views.png",
-        ),
+        *("environment.json", "metrics.jsonl", "summary.json"),
+        *["tensorboard"] * bool(importlib.util.find_spec("tensorboard")),
+        "views.png",
     ]
     assert list(Path.cwd().iterdir()) == []
 
