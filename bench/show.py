@@ -51,9 +51,9 @@ def conversions(result: Record, log: RunLog) -> None:
     log.console.print(_table(("conversion", "images/s", "+-", "to FFCV's"), rows))
 
 
-STEP_HEADERS = ("step", "batch", "images/s", "+-", "ms", "ratio", "GiB", "memory", "products")
+STEP_HEADERS = ("step", "batch", "images/s", "+-", "ms", "ratio", "GiB", "bytes", "flop")
 STEP_COLUMNS = (
-    "Ratio: of the rate to the authors'. Memory, products: the rate as a fraction of what the memory allows operation "
+    "Ratio: of the rate to the authors'. Bytes, flop: the rate as a fraction of what the memory allows operation "
     "by operation, and of what the multiplications allow."
 )
 

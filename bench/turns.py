@@ -84,6 +84,7 @@ def contest(
 def _started(entrant: Entrant, warm_up: int, device: torch.device) -> tuple[Work, float | None]:
     """What does a step, warmed up; and the GiB that it and its step allocate on a GPU."""
     gpu = device.type == "cuda"
+    gc.collect()  # what is still there of others must not go while this one is measured
     before = torch.cuda.memory_allocated(device) if gpu else 0
     work = entrant.start()
     for _ in range(warm_up):

@@ -11,7 +11,6 @@ from .checkpoint import (
     write_atomically,
 )
 from .engine import (
-    COMPILE_MODES,
     choose_compilation,
     choose_precision,
     largest_batch,
@@ -30,7 +29,6 @@ from .schedule import learning_rate_factor
 
 __all__ = [
     "BACKBONES",
-    "COMPILE_MODES",
     "LARS",
     "BarlowTwins",
     "Checkpoints",
@@ -62,6 +60,7 @@ __all__ = [
     "prepare_device",
     "probe_accuracy",
     "readings",
+    "reset_peak_memory",
     "run_on",
     "save_checkpoint",
     "write_atomically",

@@ -45,14 +45,17 @@ class _OfEachView:
         dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         y = x.unflatten(0, (self.views, -1))  # [views, B, C, ...]
         within = (1, *range(3, y.ndim))
-        variance, mean = torch.var_mean(y, within, correction=0, keepdim=True)  # [views, 1, C, ...]
+        # By sums, whose gradients torch spreads by strides of 0: those of var_mean it would write channels-first.
+        m = y.numel() // (y.shape[0] * y.shape[2])
+        mean = y.sum(within, keepdim=True) / m  # [views, 1, C, ...]
+        variance = (y - mean).square().sum(within, keepdim=True) / m
         if world() > 1:
             moments = gather(torch.stack([mean, variance]))  # [W, 2, views, 1, C, ...]
             mean = moments[:, 0].mean(0)
             variance = (moments[:, 1] + (moments[:, 0] - mean).square()).mean(0)
         if not _OfEachView.recomputing:
             with torch.no_grad():
-                n = world() * y.numel() // mean.numel()
+                n = world() * m
                 for view in range(self.views):
                     self.running_mean.lerp_(mean[view].flatten(), self.momentum)
                     self.running_var.lerp_(variance[view].flatten() * (n / (n - 1)), self.momentum)

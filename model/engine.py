@@ -15,8 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from .barlow_twins import BarlowTwins
 from .ranks import world
 
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
 
 def prepare_device(device: torch.device, deterministic: bool) -> None:
     """Fast arithmetic where float32 stays, or (slower) arithmetic that gives the same bits each time."""
@@ -41,7 +39,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def choose_compilation(mode: str, device: torch.device) -> tuple[str | None, str]:
     """The mode for torch.compile, None for none; and in words what was chosen and why.
 
-    mode: one of COMPILE_MODES, "off", or "auto" (the default mode on a GPU). A machine without a compiler goes on
+    mode: one of torch.compile's, "off", or "auto" (the default mode on a GPU). A machine without a compiler goes on
     without: torch.compile finds that out only when it first runs, so a small function is tried here.
     """
     if mode == "off" or (mode == "auto" and device.type != "cuda"):
@@ -58,13 +56,13 @@ def run_on(device: torch.device, network: BarlowTwins, compile_mode: str | None)
     """What takes the place of `network`, already on `device`, in the training step: its parameters are the same.
 
     The network and its loss become one graph. Among several ranks they become two: the gradients of the projector,
-    which are most of all, then travel while those of the backbone are computed. (torch cuts the backbone's once more
-    wherever a bucket of gradients, 25 MiB, is full: for the same reason.)
+    which are most of all, then travel while those of the backbone are computed.
     """
     if compile_mode is not None:
         if world() == 1:
             network.compile(mode=compile_mode)
         else:
+            torch._dynamo.config.optimize_ddp = False  # it would cut them further, at every 25 MiB of gradients
             network.backbone.compile(mode=compile_mode)
             network.compare = torch.compile(network.compare, mode=compile_mode)  # type: ignore[method-assign]
     if world() == 1:

@@ -11,6 +11,7 @@ from conftest import write_photos
 from test_decoders import Memory, resized, whole_images
 from test_images import FORMATS, difference
 
+import model
 import train
 from pipeline import barlow_twins, center_view, open_loader, open_store
 from pipeline.decoders import open_decoder
@@ -111,3 +112,58 @@ def test_trains_on_the_gpu_and_resumes(photos: Path, tmp_path: Path, options: li
         assert summary["loss_last"] < summary["loss_first"]
         assert summary["device"] == torch.cuda.get_device_name()
         assert train.main(*parse([*common, *options, "--resume"]), log) == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--compile", "off"], ["--precision", "float16", "--recompute"]])
+def test_two_deterministic_runs_on_the_gpu_are_equal_to_the_bit(
+    photos: Path, tmp_path: Path, options: list[str]
+) -> None:
+    common = ["demo", "--data", str(photos), "--batch-size", "18", "--epochs", "2", "--deterministic", *options]
+    try:
+        with RunLog() as log:
+            for name in ("one", "other"):
+                assert train.main(*parse([*common, "--run", str(tmp_path / name)]), log) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    one, other = (torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("one", "other"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_largest_batch_of_a_dry_run_fits(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The memory of a step of 64 and one of 32 foretells that of a step of 128 to a tenth."""
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    network = model.BarlowTwins(model.build_backbone("resnet18"), "512-512", 0.0051).to(device)
+
+    def step(batch: int) -> None:
+        model.reset_peak_memory(device)
+        network(*torch.randn(2, batch, 3, 96, 96, device=device)).loss.backward()
+
+    step(64)
+    peak = model.peak_memory(device)
+    fits = model.largest_batch(device, 64, peak, lambda: step(32))
+    free = 0.95 * torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    step(128)
+    assert model.peak_memory(device) / 128 == pytest.approx(free / fits, rel=0.1)
+
+
+def test_a_step_waits_for_nothing(photos: Path) -> None:
+    """Between two lines of metrics the host only queues work: no copy to it, in LARS neither."""
+    device = torch.device("cuda")
+    network = model.BarlowTwins(model.build_backbone("resnet18"), "512-512", 0.0051).to(device)
+    optimizer = model.LARS(model.parameter_groups(network, 1e-6), lr=0.1)
+    last = model.LastStep(network, lambda step: {}, None, 0)
+    views = torch.randn(2, 8, 3, 64, 64, device=device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        network(*views).loss.backward()
+        with last.update(lambda: optimizer.skipped):
+            optimizer.step()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
