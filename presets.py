@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from runlog import first_rank
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -267,5 +269,6 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Pretrain]:
         default=PRESETS[name](),
         description="Pretrain with Barlow Twins. Without a preset: demo.",
         config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes),
+        console_outputs=first_rank(),
     )
     return name, config

@@ -5,12 +5,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from presets import RunConfig
 from runlog import PREEMPTED, RunLog
+
+_FIRST = {".lock", "config.json.tmp", "preempted"}  # what a run can leave there before its config.json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +26,8 @@ def check(folder: Path) -> None:
     """ValueError where `folder` is anything but new, empty, or the folder of a run."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: --run-folder wants a folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if there - _FIRST and "config.json" not in there:
         raise ValueError(f"{folder} holds something else than a run: --run-folder wants a new folder")
 
 
@@ -77,6 +82,18 @@ def claim(folder: Path) -> IO[str]:
     return file
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder is this process's within the block. ValueError where another run is using it."""
+    with claim(folder):
+        try:
+            yield
+        except SystemExit as end:
+            if end.code == PREEMPTED:
+                leave(folder, PREEMPTED)
+            raise
+
+
 def describe(folder: Path, config: dict[str, Any], environment: dict[str, Any], views: Image | None) -> None:
     """What is known of the run at its start."""
     write_json(folder / "config.json", config)
@@ -88,7 +105,10 @@ def describe(folder: Path, config: dict[str, Any], environment: dict[str, Any], 
 
 
 def leave(folder: Path, status: int) -> int:
-    """The exit status. One that torchrun would not pass on stands in the folder as well: `preempted`."""
+    """The exit status. One that torchrun would not pass on stands in the folder as well: `preempted`.
+
+    Of the first rank: the others end with 0. Failing, they would have it killed while it may still be saving.
+    """
     if status == PREEMPTED:
         (folder / "preempted").touch()
     return status

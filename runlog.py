@@ -147,11 +147,9 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         asked, asked_at = INTERRUPTED if number == signal.SIGINT else PREEMPTED, time.monotonic()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, *PREEMPTION)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    yield lambda: asked
+    for number, handler in before.items():  # not after a fault: torchrun's SIGTERM must not come before it is said
+        signal.signal(number, handler)
 
 
 _NOT_OURS = (ValueError, OSError, FloatingPointError)  # faults that somebody else than us can have made
@@ -171,7 +169,8 @@ def run(main: Callable[[RunLog], int]) -> int:
     def preempted(number: int, frame: object) -> None:
         sys.exit(PREEMPTED)
 
-    before = {number: signal.signal(number, preempted) for number in PREEMPTION}  # until there is something to save
+    for number in PREEMPTION:
+        signal.signal(number, preempted)  # until there is something to save
     log = RunLog()
     log.console.quiet = not first_rank()
     try:
@@ -189,8 +188,8 @@ def run(main: Callable[[RunLog], int]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in PREEMPTION:
+            signal.signal(number, signal.SIG_IGN)  # the exit status stands, and nothing is left to be stopped
 
 
 def explain(error: Exception) -> str:

@@ -156,7 +156,7 @@ def pretrain(
         progress = {name: saved[name] for name in progress}
         log.say(f"resumed after step {progress['step']:,}")
     first_step, loss_first, values = progress["step"], progress["loss_first"], progress["values"]
-    cleanup.enter_context(run_folder.claim(run))
+    cleanup.enter_context(run_folder.claimed(run))
 
     def state(done: int) -> dict[str, Any]:
         """All that the run goes on from after so many steps."""
@@ -218,7 +218,7 @@ def pretrain(
                 last.save(wait=stop)
                 if stop:
                     log.say(f"interrupted after step {step + 1:,}; --resume goes on from there")
-                    return run_folder.leave(run, stop_asked() or runlog.PREEMPTED)
+                    return run_folder.leave(run, stop_asked() or runlog.PREEMPTED) if ranks.first else 0
     rates = feed.total()
     if config.run.dry_run:
         peak = barlow.peak_memory(device)

@@ -134,6 +134,7 @@ def run_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
     def run(name: str, *arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         status: Any = 0
         try:
             runpy.run_path(str(TRAIN.with_name(f"{name}.py")), run_name="__main__")
@@ -144,9 +145,10 @@ def run_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         assert "Traceback" not in text
         return 1 if isinstance(status, str) else status, text
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield run
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -5,13 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +17,6 @@ import torch
 from conftest import (
     SUMMARY,
     TINY,
-    TRAIN,
     Train,
     at_step,
     ctrl_c,
@@ -114,57 +109,6 @@ def test_ctrl_c_outside_the_loop_ends_quietly(
     monkeypatch.setattr(pipeline, "open_store", lambda *_: ctrl_c())
     assert train("--data", flat, *TINY, "--run", tmp_path / "run")[0] == 130
     assert not (tmp_path / "run").exists()
-
-
-def killed(run: Path, options: list[str], after_s: float) -> bool:
-    """Start train.py, and SIGKILL it that long after its first new checkpoint. False where it had ended by then."""
-    checkpoint = run / "checkpoint.pt"
-    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-    process = subprocess.Popen([sys.executable, str(TRAIN), *options, "--run", str(run)], stdout=subprocess.DEVNULL)
-    try:
-        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
-            time.sleep(0.005)
-        time.sleep(after_s)
-        return process.poll() is None
-    finally:
-        process.kill()
-        process.wait()
-
-
-def loop_s(run: Path) -> float:
-    """How long the training loop of a finished run took, so that kills fall into it on any machine."""
-    summary = summary_of(run)
-    return summary["steps"] * 8 / summary["images_per_s"]
-
-
-def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(
-    train: Train, damaged: Path, whole: Path, tmp_path: Path
-) -> None:
-    after_s = random.uniform(0, 0.5) * loop_s(whole)
-    options = ["--data", str(damaged), *TINY, *LONG]
-    assert killed(tmp_path / "run", options, after_s), f"the run was over {after_s} s after its first checkpoint"
-    assert 1 <= torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] < 20
-    status, text = train(*options, "--run", tmp_path / "run", "--resume")
-    assert status == 0, text
-    assert same_weights(tmp_path / "run", whole), f"killed {after_s} s after the first checkpoint"
-    assert steps_of(tmp_path / "run") == steps_of(whole)
-    assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
-
-
-@pytest.mark.slow
-def test_a_run_killed_ten_times_ends_to_the_same_bits(train: Train, damaged: Path, tmp_path: Path) -> None:
-    options = ["--data", str(damaged), *TINY, *LONG, "--epochs", "60"]
-    status, text = train(*options, "--run", tmp_path / "whole")
-    assert status == 0, text
-    run, kills = tmp_path / "run", 0
-    for i in range(10):
-        kills += killed(run, options + ["--resume"] * (i > 0), random.uniform(0, 0.08) * loop_s(tmp_path / "whole"))
-    assert kills == 10, "each hit a run that was going on"
-    status, text = train(*options, "--run", run, "--resume")
-    assert status == 0, text
-    assert same_weights(run, tmp_path / "whole")
-    assert steps_of(run) == steps_of(tmp_path / "whole")
-    assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
 
 
 @pytest.fixture
