@@ -138,13 +138,18 @@ class Pretrain:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    def check(self) -> None:
-        """ValueError for what no run can be made of."""
-        resumes = self.run.resume or self.run.resume_if_saved
+    def check(self, ranks: int = 1) -> None:
+        """ValueError for what no run can be made of, on so many ranks."""
+        batch, resumes = self.optim.batch_size, self.run.resume or self.run.resume_if_saved
         area, sigma, block = self.data.crop_area, self.data.blur_sigma, self.data.shuffle_block
         wrong = {
+            "--warmup-epochs": (self.optim.warmup_epochs, self.optim.warmup_epochs >= 0, "at least 0"),
+            "--lr": (self.optim.lr, 0 <= self.optim.lr < float("inf"), "a finite number, at least 0"),
+            "--lr-biases": (self.optim.lr_biases, 0 <= self.optim.lr_biases < float("inf"), "finite, at least 0"),
+            "--checkpoint-minutes": (self.run.checkpoint_minutes, self.run.checkpoint_minutes >= 0, "at least 0"),
             "--epochs": (self.optim.epochs, self.optim.epochs >= 1, "at least 1"),
-            "--batch-size": (self.optim.batch_size, self.optim.batch_size >= 2, "at least 2, for batch statistics"),
+            "--batch-size": (batch, batch >= 2, "at least 2, for batch statistics"),
+            f"--batch-size on {ranks} ranks": (batch, batch % ranks == 0, "a multiple of them"),
             "--shuffle-block": (block, block is None or block >= 1, "at least 1"),
             "--size": (self.data.size, self.data.size >= 1, "at least 1 pixel"),
             "--hold-out": (self.data.hold_out, 0 < self.data.hold_out < 1, "between 0 and 1"),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from presets import RunConfig
-from runlog import PREEMPTED, RunLog
+from runlog import PREEMPTED, RunLog, write_json
 
 _FIRST = {".lock", "config.json.tmp", "preempted"}  # what a run can leave there before its config.json
 
@@ -83,15 +81,15 @@ def claim(folder: Path) -> IO[str]:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """The folder is this process's within the block. ValueError where another run is using it."""
-    with claim(folder):
-        try:
-            yield
-        except SystemExit as end:
-            if end.code == PREEMPTED:
-                leave(folder, PREEMPTED)
-            raise
+def preemptible(folder: Path) -> Iterator[None]:
+    """A block that may end by being told to make room: `leave` then says so in the folder, now and not from before."""
+    (folder / "preempted").unlink(missing_ok=True)
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == PREEMPTED:
+            leave(folder, PREEMPTED)
+        raise
 
 
 def describe(folder: Path, config: dict[str, Any], environment: dict[str, Any], views: Image | None) -> None:
@@ -101,7 +99,6 @@ def describe(folder: Path, config: dict[str, Any], environment: dict[str, Any], 
     if views is not None:
         views.save(folder / "views.png")
     (folder / "correlation").mkdir(exist_ok=True)
-    (folder / "preempted").unlink(missing_ok=True)
 
 
 def leave(folder: Path, status: int) -> int:
@@ -110,11 +107,6 @@ def leave(folder: Path, status: int) -> int:
     Of the first rank: the others end with 0. Failing, they would have it killed while it may still be saving.
     """
     if status == PREEMPTED:
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "preempted").touch()
     return status
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")
-    os.replace(temporary, path)

@@ -71,12 +71,17 @@ class RunLog:
         self.console.print(text, markup=False)
 
     def say_rejects(self, what: str, rejects: dict[str, str], said: int = 0, most: int = 10) -> int:
-        """A line for each image after the first `said`, up to `most` of them; returns how many there are."""
+        """A line for each image after the first `said`, up to `most` of them; returns how many there are.
+
+        Each rank finds its own, and says so itself.
+        """
+        quiet, self.console.quiet = self.console.quiet, False
         new = list(rejects.items())[said:]
         for name, reason in new[:most]:
             self.say(f"{what} {printable(name)}: {reason}")
         if len(new) > most:
             self.say(f"{what} {len(new) - most} more")
+        self.console.quiet = quiet
         return len(rejects)
 
     @contextmanager
@@ -211,6 +216,9 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")
     os.replace(temporary, path)
+
+
+SKIPPED_IN_A_ROW = 16  # steps that end a run: as often as float16's first scale can halve before it is 1
 
 
 def diverged(step: int, loss: float, in_a_row: int) -> str:

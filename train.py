@@ -36,25 +36,24 @@ if TYPE_CHECKING:  # torch takes seconds to import: that waits until the command
     from model import BarlowTwins, Ranks, Twins
     from pipeline import Loader, Recipe, Store
 
-_CORRELATIONS = (0, 0.01, 0.03, 0.1, 0.3, 0.6, 1)  # fractions of the run after which the correlation matrix is kept
-_SKIPPED_IN_A_ROW = 16  # steps that end a run: as often as float16's first scale can halve before it is 1
-
 
 def main(preset: str, config: Pretrain, log: RunLog) -> int:
     """One run from data to exported weights, on all ranks that torchrun has started; returns the exit status."""
     run = config.run.run or Path("runs") / preset
     if first := runlog.first_rank():  # of several, one speaks and writes
-        config.check()
+        config.check(ranks=int(os.environ.get("WORLD_SIZE", 1)))
         run_folder.check(run)
     log.say(f"twinfeed, preset {preset}: {'two steps, nothing kept' if config.run.dry_run else f'writes to {run}'}")
-    with log.bar("loading torch"):
-        import model as barlow
-        import pipeline
-    ranks = barlow.Ranks(os.environ)
-    device = pipeline.find_device(config.run.device, ranks.local_rank)
-    with ranks.joined(device), ExitStack() as cleanup:
+    with ExitStack() as cleanup:
         if config.run.dry_run or not first:
             run = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="twinfeed-")))
+        cleanup.enter_context(run_folder.preemptible(run))
+        with log.bar("loading torch"):
+            import model as barlow
+            import pipeline
+        ranks = barlow.Ranks(os.environ)
+        device = pipeline.find_device(config.run.device, ranks.local_rank)
+        cleanup.enter_context(ranks.joined(device))
         return pretrain(preset, config, log, run, ranks, device, cleanup)
 
 
@@ -95,9 +94,7 @@ def pretrain(
             device=device,
         )
 
-    batch_size, rest = divmod(config.optim.batch_size, ranks.size)
-    if rest:
-        raise ValueError(f"--batch-size is {config.optim.batch_size}: it must be a multiple of the {ranks.size} ranks")
+    batch_size = config.optim.batch_size // ranks.size
     loader = open_loader(train_store, recipe, batch_size, True, ranks.rank, ranks.size)
     steps = config.optim.epochs * len(loader)
     test_view = pipeline.center_view(config.data.size)
@@ -105,7 +102,8 @@ def pretrain(
 
     # ── model ────────────────────────────────────────────────────────────────────────────────────────────────────────
     barlow.prepare_device(device, config.run.deterministic)
-    compile_mode, compilation = barlow.choose_compilation(config.run.compile, device)
+    # The first rank chooses for all: steps that differ would wait for each other for ever.
+    compile_mode, compilation = ranks.share(lambda: barlow.choose_compilation(config.run.compile, device))
 
     def build_model() -> BarlowTwins:
         torch.manual_seed(config.run.seed)
@@ -118,7 +116,7 @@ def pretrain(
     if config.run.recompute:
         model.backbone.recompute_activations()
     forward = barlow.run_on(device, model, compile_mode)
-    amp_dtype = barlow.choose_precision(config.run.precision, device)
+    amp_dtype = ranks.share(lambda: barlow.choose_precision(config.run.precision, device))
     device_name = f"{ranks.size} x " * (ranks.size > 1) + pipeline.describe_device(device)
     log.say(
         f"{device_name}, {str(amp_dtype).removeprefix('torch.')}, {compilation}; decoder {loader.decoder.name} "
@@ -131,8 +129,7 @@ def pretrain(
     groups = barlow.parameter_groups(model, config.optim.weight_decay)
     optimizer = barlow.LARS(groups, momentum=config.optim.momentum, eta=config.optim.eta, clip=config.optim.clip_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    peaks = {"lr": config.optim.lr * config.optim.batch_size / 256}
-    peaks["lr_biases"] = config.optim.lr_biases * config.optim.batch_size / 256
+    peaks = {name: getattr(config.optim, name) * config.optim.batch_size / 256 for name in ("lr", "lr_biases")}
     warmup_steps = round(config.optim.warmup_epochs * len(loader))
     first_lr, last_lr = config.optim.warmup_start, config.optim.lr_end
 
@@ -147,20 +144,21 @@ def pretrain(
     # ── resume ───────────────────────────────────────────────────────────────────────────────────────────────────────
     settings = config.settings() | {"images": len(train_store), "fingerprint": pipeline.fingerprint(train_store)}
     settings["precision"] = str(amp_dtype)  # what `auto` came to here
-    milestone_steps = config.run.milestone_epochs and config.run.milestone_epochs * len(loader)
+    milestone_steps = (config.run.milestone_epochs or 0) * len(loader) or None
     checkpoints = cleanup.enter_context(barlow.Checkpoints(run, config.run.keep_checkpoints, milestone_steps))
     learned: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
     progress: dict[str, Any] = {"step": 0, "loss_first": math.nan, "values": {}, "fed": None, "highest": None}
-    if saved := ranks.share(lambda: run_folder.saved(run, checkpoints, config.run, settings, log)):
-        barlow.load_states(learned, saved, checkpoints.path)
-        progress = {name: saved[name] for name in progress}
+    progress |= barlow.load_states(
+        learned, ranks.share(lambda: run_folder.saved(run, checkpoints, config.run, settings, log)), checkpoints.path
+    )
+    if progress["step"]:
         log.say(f"resumed after step {progress['step']:,}")
     first_step, loss_first, values = progress["step"], progress["loss_first"], progress["values"]
-    cleanup.enter_context(run_folder.claimed(run))
+    cleanup.enter_context(run_folder.claim(run))
 
     def state(done: int) -> dict[str, Any]:
         """All that the run goes on from after so many steps."""
-        if done >= step and not math.isfinite(loss := float(twins.loss.detach())):  # not back at a step before it
+        if last.rescuing and not math.isfinite(loss := float(twins.loss.detach())):
             raise FloatingPointError(f"the loss is {loss}")
         progress = {"step": done, "loss_first": loss_first, "values": values, "fed": feed.state()}
         progress |= {"highest": collapse.highest, "settings": settings}
@@ -175,9 +173,10 @@ def pretrain(
     batches = cleanup.enter_context(closing(loader.steps(first_step, last_step + 1)))
     feed = Feed(batches, config.optim.batch_size, progress["fed"])
     collapse, bad_said = barlow.Collapse(progress["highest"]), 0
-    correlation_steps = {round(fraction * (steps - 1)) for fraction in _CORRELATIONS}
+    correlation_steps = barlow.correlation_steps(steps)
     eval_steps = config.run.eval_epochs and config.run.eval_epochs * len(loader)
-    last = barlow.LastStep(model, state, None if config.run.dry_run or not ranks.first else checkpoints, first_step)
+    keeper = None if config.run.dry_run or not ranks.first else checkpoints
+    last = barlow.LastStep(model, state, keeper, first_step, alone=ranks.size == 1 or device.type == "cpu")
     with log.bar("pretraining") as bar, runlog.stop_signals() as stop_asked, last:
         for step, ((view_a, view_b), _, _) in enumerate(feed, first_step):
             factor = barlow.learning_rate_factor(step, steps, warmup_steps, start=first_lr, end=last_lr)
@@ -204,7 +203,7 @@ def pretrain(
                     log.say(f"step {step:,}: {warning}")
                 found = {"skipped": skipped, "bad_images": len(loader.bad), "warning": warning, **tested}
                 metrics.write(step=step, epoch=(step + 1) / len(loader), **rates, **values, **found)
-                if in_a_row >= _SKIPPED_IN_A_ROW or (step == last_step and not math.isfinite(values["loss"])):
+                if in_a_row >= runlog.SKIPPED_IN_A_ROW:
                     last.save(wait=True, steps_back=in_a_row)
                     raise FloatingPointError(runlog.diverged(step, values["loss"], in_a_row))
             bar(step + 1, last_step + 1, runlog.reading(values))
@@ -214,18 +213,19 @@ def pretrain(
 
             stop = ranks.any(bool(stop_asked()))
             due = time.monotonic() - last.saved_at > 60 * config.run.checkpoint_minutes
+            due = due or (milestone_steps is not None and (step + 1) % milestone_steps == 0)
             if step == last_step or ((stop or due) and not optimizer.skipped):
                 last.save(wait=stop)
                 if stop:
                     log.say(f"interrupted after step {step + 1:,}; --resume goes on from there")
                     return run_folder.leave(run, stop_asked() or runlog.PREEMPTED) if ranks.first else 0
-    rates = feed.total()
     if config.run.dry_run:
         peak = barlow.peak_memory(device)
-        half = [view[: batch_size // 2] for view in (view_a, view_b)]
+        half = [view[: max(2, batch_size // 2)] for view in (view_a, view_b)]
         largest = ranks.size * barlow.largest_batch(device, batch_size, peak, lambda: learn(*half))
         seconds = steps * config.optim.batch_size / values["images_per_s"]  # since the step before
         log.table(runlog.outlook(peak, largest, len(train_store), seconds, device_name, ranks.size))
+    ranks.part()
     if config.run.dry_run or not ranks.first:
         return 0
     checkpoints.wait()
@@ -238,10 +238,10 @@ def pretrain(
         features = (build_model().backbone.eval(), barlow.pixel_feature, barlow.colour_feature, model.backbone.eval())
         scores |= held_out.knn(dict(zip(names, features, strict=True)))
     summary: dict[str, Any] = {"preset": preset, "device": device_name, "decoder": loader.decoder.name}
-    summary |= {"backbone": config.model.backbone, "steps": steps, **rates}
+    summary |= {"backbone": config.model.backbone, "steps": steps, **feed.total()}
     summary |= {"loss_first": loss_first, "loss_last": values.get("loss"), **scores}
     summary |= {"checkpoint": str(checkpoints.path), "export": str(exported)}
-    run_folder.write_json(run / "summary.json", summary)
+    runlog.write_json(run / "summary.json", summary)
     log.table(summary)
     return 0
 

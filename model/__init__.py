@@ -16,9 +16,10 @@ from .engine import (
     largest_batch,
     peak_memory,
     prepare_device,
+    reset_peak_memory,
     run_on,
 )
-from .health import Collapse, correlation_corner, feature_readings, readings
+from .health import Collapse, correlation_corner, correlation_steps, feature_readings, readings
 from .knn import colour_feature, knn_accuracies, knn_accuracy, online_accuracies, pixel_feature, probe_accuracy
 from .lars import LARS, parameter_groups
 from .last_step import LastStep
@@ -44,6 +45,7 @@ __all__ = [
     "colour_feature",
     "configuration_changes",
     "correlation_corner",
+    "correlation_steps",
     "export_backbone",
     "feature_readings",
     "knn_accuracies",

@@ -174,14 +174,20 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     return state
 
 
-def load_states(parts: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
-    """Give each part (a network, an optimizer) its state again. ValueError where one at `path` does not fit."""
+def load_states(parts: Mapping[str, Any], saved: Mapping[str, Any] | None, path: Path) -> dict[str, Any]:
+    """Give each part (a network, an optimizer) its state again; returns the rest of what was saved, {} for nothing.
+
+    ValueError where one at `path` does not fit.
+    """
+    if saved is None:
+        return {}
     try:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     except (RuntimeError, ValueError, KeyError) as error:  # a RuntimeError has one line for each weight
         reason = " ".join(str(error).split("\n\t")[:2]).strip()
         raise ValueError(f"{path} does not fit this configuration: {reason}") from None
+    return {name: value for name, value in saved.items() if name not in parts}
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:

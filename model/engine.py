@@ -109,7 +109,7 @@ def largest_batch(device: torch.device, batch: int, peak: int, half_a_step: Call
     """
     reset_peak_memory(device)
     half_a_step()
-    an_image = max(1, peak - peak_memory(device)) / (batch - batch // 2)
+    an_image = max(1, peak - peak_memory(device)) / max(1, batch - batch // 2)
     if device.type == "cuda":
         free = 0.95 * torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - peak
     else:

@@ -39,6 +39,11 @@ def readings(twins: Twins) -> dict[str, float]:
     )
 
 
+def correlation_steps(steps: int) -> set[int]:
+    """The steps of a run after which the correlation matrix is kept: more at the beginning, when it changes most."""
+    return {round(fraction * (steps - 1)) for fraction in (0, 0.01, 0.03, 0.1, 0.3, 0.6, 1)}
+
+
 @torch.no_grad()
 def correlation_corner(a: Tensor, b: Tensor, dimensions: int = 64) -> Tensor:
     """C of the first dimensions of normalised embeddings a, b [N, D], over the global batch: float16 on the CPU."""
@@ -68,7 +73,7 @@ class Collapse:
             self.highest[name] = highest
             if now > 2 * _FALLEN * highest:
                 self._said.discard(name)
-            elif not now > _FALLEN * highest and name not in self._said:
+            elif now <= _FALLEN * highest and name not in self._said:
                 self._said.add(name)
                 found.append(f"{words} ({name.replace('_', ' ')} {now:.3g}, it was {highest:.3g})")
         return f"collapse? {'; '.join(found)}: a lower --lr or a longer --warmup-epochs may help" if found else None

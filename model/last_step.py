@@ -18,12 +18,19 @@ class LastStep:
 
     Around the loop, it has that step, `state(step)`, saved when an exception ends it, and notes on the exception where
     to go on from. (Not on a FloatingPointError: what has diverged would again.) `checkpoints` None: never.
+    Not `alone` neither: among several GPUs, what the device has queued may wait for ever for one that is gone.
     """
 
     def __init__(
-        self, network: nn.Module, state: Callable[[int], dict[str, Any]], checkpoints: Checkpoints | None, step: int
+        self,
+        network: nn.Module,
+        state: Callable[[int], dict[str, Any]],
+        checkpoints: Checkpoints | None,
+        step: int,
+        alone: bool = True,
     ) -> None:
         self._state, self._checkpoints, self._done, self._saved, self._whole = state, checkpoints, step, step, True
+        self._alone, self.rescuing = alone, False
         self.saved_at = time.monotonic()
         # Batch norm's averages, which the forward pass changes, as of the last step that was not skipped: by type, all
         # in one tensor, so that each thing done to them is one operation. (buffers, their copy, its parts as they are)
@@ -69,9 +76,12 @@ class LastStep:
 
     def _rescue(self, checkpoints: Checkpoints) -> str:
         lost = "" if self._whole else ", in the middle of the next update"
+        self.rescuing = True
         try:
             checkpoints.wait()  # only then is it known which step is on the disk
             if self._whole and self._done > self._saved:
+                if not self._alone:
+                    raise RuntimeError("its GPU may wait for a rank that is gone")
                 for buffers, _, parts in self._averages:
                     torch._foreach_copy_(buffers, parts)
                 self.save(wait=True)

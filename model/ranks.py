@@ -59,9 +59,14 @@ class Ranks:
             for note in getattr(error, "__notes__", ()):
                 broken.add_note(note)
             raise broken from None
-        if self._vote is not None:
-            self._vote[0].wait()
-        dist.destroy_process_group()
+        self.part()
+
+    def part(self) -> None:
+        """The end of all that is done together; from here on, this process is a world of one."""
+        if dist.is_initialized():
+            if self._vote is not None:
+                self._vote[0].wait()
+            dist.destroy_process_group()
 
     def share(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first rank, where alone it is called; pickled for the others."""

@@ -32,6 +32,8 @@ def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
     if usable:
+        if local_rank and ":" in name:
+            raise ValueError(f"--device {name} is one GPU for several ranks: leave it out, and each takes its own")
         device = torch.device(f"cuda:{local_rank}" if name in ("auto", "cuda") else name)
         if (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"there is no device {device}: this machine has {torch.cuda.device_count()} GPUs")
