@@ -228,7 +228,7 @@ def pretrain(
     ranks.part()
     if config.run.dry_run or not ranks.first:
         return 0
-    checkpoints.wait()
+    checkpoints.finish()
 
     # ── proof and export ─────────────────────────────────────────────────────────────────────────────────────────────
     exported = barlow.export_backbone(model.backbone, run)

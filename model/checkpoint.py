@@ -58,6 +58,11 @@ class Checkpoints:
             done, self._writing = self._writing, None
             done.result()
 
+    def finish(self) -> None:
+        """The same, and remove what a run that was killed behind its last save has left beyond `keep`."""
+        self.wait()
+        self._prune()
+
     def load(self, device: torch.device | str = "cpu") -> tuple[dict[str, Any], list[str]]:
         """The newest whole checkpoint, and a line for each damaged one before which it is preferred.
 
@@ -104,7 +109,10 @@ class Checkpoints:
         superseded = self._name(self.step) if self._at_path and self.step not in (None, step) else None
         save_checkpoint(self.path, state, superseded)
         self.step, self._at_path = step, True
-        for number, path in self._numbered()[self._keep - 1 :]:
+        self._prune()
+
+    def _prune(self) -> None:
+        for number, path in self._numbered()[self._keep - 1 :] if self._at_path else ():
             if self._milestone_steps is None or number % self._milestone_steps:
                 path.unlink()
 

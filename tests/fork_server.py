@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+WRITING = os.O_WRONLY | os.O_RDWR
 
 
 class Run:
@@ -44,9 +46,13 @@ class ForkServer:
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self._pipes, self.folder = (process.stdin, process.stdout), folder
 
-    def __call__(self, *arguments: object, slow_disk_s: float = 0) -> Run:
-        """slow_disk_s: so much longer each file takes to be written, to be put in its place, and to be removed."""
-        request = {"arguments": [*map(str, arguments)], "said": str(self.folder / "said"), "slow_disk_s": slow_disk_s}
+    def __call__(self, *arguments: object, slow_disk_s: float = 0, killed_at: int = 0) -> Run:
+        """slow_disk_s: so much longer each file takes to be written, to be put in its place, and to be removed.
+
+        killed_at: it kills itself before its nth change of what there is in its folder `run`; 0: never.
+        """
+        request = {"arguments": [*map(str, arguments)], "slow_disk_s": slow_disk_s, "killed_at": killed_at}
+        request["said"] = str(self.folder / "said")
         print(json.dumps(request), file=self._pipes[0], flush=True)
         return Run(int(self._pipes[1].readline()), self.folder / "said", self._pipes)
 
@@ -72,18 +78,36 @@ def slowly(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
     return slow
 
 
+def kill_at(nth: int) -> None:
+    count = itertools.count(1)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        """Python calls it before the operation."""
+        changes = event in ("os.rename", "os.remove", "os.mkdir") or (event == "open" and arguments[2] & WRITING)
+        if changes and "run" in Path(os.fsdecode(arguments[0])).parts and next(count) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
+    import numpy as np
     import tensorboard.compat.proto.event_pb2
     import tensorboard.summary.writer.record_writer  # noqa: F401
+    import torch
     import torchvision  # noqa: F401
 
     import model
-    import pipeline.fused  # noqa: F401
     import runlog
     import train
+    from pipeline import barlow_twins, distort, recipe
     from presets import parse
 
+    parse([])  # and what it imports
+    one = np.ones(1, np.int64)  # loads the compiled kernel
+    params = recipe.draw(barlow_twins(16), 0, 0, one, 16 * one, 16 * one)
+    distort.distort(torch.zeros(2, 1, 16, 16, 3, dtype=torch.uint8), params, barlow_twins(16))
     for line in sys.stdin:
         request = json.loads(line)
         tasks = os.listdir("/proc/self/task")
@@ -105,8 +129,12 @@ def serve() -> None:
         for name in ("fsync", "replace", "unlink"):
             setattr(os, name, slowly(getattr(os, name), seconds))
         model.checkpoint._Archive.write = slowly(model.checkpoint._Archive.write, seconds / 100)  # about 400 a file
+    if nth := request["killed_at"]:
+        kill_at(nth)
     sys.argv = [str(ROOT / "train.py"), *request["arguments"]]
-    sys.exit(runlog.run(lambda log: train.main(*parse(), log)))
+    status = runlog.run(lambda log: train.main(*parse(), log))
+    sys.stdout.flush()
+    os._exit(status)  # torch takes a second to be taken apart, in which nothing happens
 
 
 if __name__ == "__main__":

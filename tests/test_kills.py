@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import shutil
@@ -138,3 +139,23 @@ def test_runs_killed_two_hundred_times_end_to_the_same_bits(
 ) -> None:
     """On a slow disk most kills come upon the thread that writes."""
     check_kills(start, whole, kills, slow_disk_s)
+
+
+@pytest.mark.slow
+def test_a_run_killed_between_any_two_changes_of_its_folder_ends_to_the_same_bits(
+    start: ForkServer, whole: Path
+) -> None:
+    folder = start.folder / "run"
+    for nth in itertools.count(1):
+        status = start(*OPTIONS, "--run", "run", killed_at=nth).wait()
+        assert status in (0, -signal.SIGKILL)
+        saved = newest(folder)
+        run = start(*OPTIONS, "--run", "run")
+        assert run.wait() == 0, f"{run.text()}, killed before its change {nth}"
+        assert not saved or f"resumed after step {saved}" in run.text()
+        check_same(folder, whole)
+        for path in start.folder.glob("run*"):
+            shutil.rmtree(path)
+        if status == 0:
+            break
+    assert nth > 60
