@@ -60,7 +60,6 @@ def main(preset: str, config: Pretrain, log: RunLog) -> int:
 def pretrain(
     preset: str, config: Pretrain, log: RunLog, run: Path, ranks: Ranks, device: torch.device, cleanup: ExitStack
 ) -> int:
-    import numpy as np
     import torch
 
     import model as barlow
@@ -189,7 +188,7 @@ def pretrain(
                 scaler.update()
 
             if step in correlation_steps:
-                np.save(run / "correlation" / f"{step:08d}", barlow.correlation_corner(twins.a, twins.b).numpy())
+                barlow.save_correlation(run / "correlation" / f"{step:08d}.npy", twins)
             tested = {}
             if held_out and ranks.first and eval_steps and (step + 1) % eval_steps == 0:
                 with feed.paused():
@@ -219,6 +218,7 @@ def pretrain(
                 if stop:
                     log.say(f"interrupted after step {step + 1:,}; --resume goes on from there")
                     return run_folder.leave(run, stop_asked() or runlog.PREEMPTED) if ranks.first else 0
+    rates = feed.total()
     if config.run.dry_run:
         peak = barlow.peak_memory(device)
         half = [view[: max(2, batch_size // 2)] for view in (view_a, view_b)]
@@ -238,7 +238,7 @@ def pretrain(
         features = (build_model().backbone.eval(), barlow.pixel_feature, barlow.colour_feature, model.backbone.eval())
         scores |= held_out.knn(dict(zip(names, features, strict=True)))
     summary: dict[str, Any] = {"preset": preset, "device": device_name, "decoder": loader.decoder.name}
-    summary |= {"backbone": config.model.backbone, "steps": steps, **feed.total()}
+    summary |= {"backbone": config.model.backbone, "steps": steps, **rates}
     summary |= {"loss_first": loss_first, "loss_last": values.get("loss"), **scores}
     summary |= {"checkpoint": str(checkpoints.path), "export": str(exported)}
     runlog.write_json(run / "summary.json", summary)

@@ -19,7 +19,7 @@ from .engine import (
     reset_peak_memory,
     run_on,
 )
-from .health import Collapse, correlation_corner, correlation_steps, feature_readings, readings
+from .health import Collapse, correlation_corner, correlation_steps, feature_readings, readings, save_correlation
 from .knn import colour_feature, knn_accuracies, knn_accuracy, online_accuracies, pixel_feature, probe_accuracy
 from .lars import LARS, parameter_groups
 from .last_step import LastStep
@@ -65,5 +65,6 @@ __all__ = [
     "reset_peak_memory",
     "run_on",
     "save_checkpoint",
+    "save_correlation",
     "write_atomically",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,6 +51,11 @@ def correlation_corner(a: Tensor, b: Tensor, dimensions: int = 64) -> Tensor:
     """C of the first dimensions of normalised embeddings a, b [N, D], over the global batch: float16 on the CPU."""
     corner = sum_of_copies(a[:, :dimensions].T @ b[:, :dimensions]) / (len(a) * world())
     return corner.half().cpu()
+
+
+def save_correlation(path: Path, twins: Twins) -> None:
+    """That corner as a file of numpy's."""
+    np.save(path, correlation_corner(twins.a, twins.b).numpy())
 
 
 _WORDS = {
