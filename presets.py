@@ -148,8 +148,11 @@ class Pretrain:
             "--lr-biases": (self.optim.lr_biases, 0 <= self.optim.lr_biases < float("inf"), "finite, at least 0"),
             "--checkpoint-minutes": (self.run.checkpoint_minutes, self.run.checkpoint_minutes >= 0, "at least 0"),
             "--epochs": (self.optim.epochs, self.optim.epochs >= 1, "at least 1"),
-            "--batch-size": (batch, batch >= 2, "at least 2, for batch statistics"),
-            f"--batch-size on {ranks} ranks": (batch, batch % ranks == 0, "a multiple of them"),
+            "--batch-size": (
+                batch,
+                batch >= 2 and batch % ranks == 0,
+                f"a multiple of the {ranks} ranks" if batch >= 2 else "at least 2, for batch statistics",
+            ),
             "--shuffle-block": (block, block is None or block >= 1, "at least 1"),
             "--size": (self.data.size, self.data.size >= 1, "at least 1 pixel"),
             "--hold-out": (self.data.hold_out, 0 < self.data.hold_out < 1, "between 0 and 1"),

@@ -109,6 +109,7 @@ def test_resume_if_saved_begins_where_nothing_is_saved_and_goes_on_where_somethi
         (("--keep-checkpoints", "1"), [10]),
         (("--keep-checkpoints", "3"), [8, 9, 10]),
         (("--keep-checkpoints", "2", "--milestone-epochs", "1", "--epochs", "3"), [5, 10, 14, 15]),
+        (("--checkpoint-minutes", "60", "--keep-checkpoints", "1", "--milestone-epochs", "1"), [5, 10]),
     ],
 )
 def test_the_last_checkpoints_and_the_milestones_are_left(

@@ -272,7 +272,7 @@ def test_a_signal_outside_the_loop_ends_quietly(
         status, text = train(*options)
     assert status == 75, text
     assert not errors(text), text
-    assert (run / "preempted").exists() == run.exists() == (place != "pipeline.open_store")
+    assert (run / "preempted").exists()
     status, text = train(*options, "--resume-if-saved")
     assert status == 0, text
     assert ("resumed after step 5" in text) == (place == "model.export_backbone")
