@@ -559,6 +559,7 @@ def check_two_ranks(done: subprocess.CompletedProcess[str], path: Path) -> Recor
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_figures_and_one_of_them_speaks(forty: Path, tmp_path: Path) -> None:
     script = tmp_path / "short.py"
     script.write_text(

@@ -15,6 +15,7 @@ from bench import convert, record, report
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_conversions_are_measured_recorded_and_reported(photos: Path, tmp_path: Path) -> None:
     """In a process of its own, as it is typed: FFCV forks workers."""
     needed("ffcv")

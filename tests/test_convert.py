@@ -173,7 +173,7 @@ def wait_for(condition: object, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("format", ["webdataset", "tfrecord"])
+@pytest.mark.parametrize("format", ["webdataset", pytest.param("tfrecord", marks=pytest.mark.slow)])
 def test_a_dask_cluster_writes_the_same_bytes(scheduler: str, photos: Path, tmp_path: Path, format: str) -> None:
     """In processes of their own: the client leaves threads behind that are not ours to close."""
     for folder, options in (("here", []), ("there", ["--scheduler", scheduler])):

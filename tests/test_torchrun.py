@@ -158,6 +158,7 @@ else:  # to torchrun; and slow enough for it
     assert summary_of(run)["steps"] == 20
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_on_two_ranks(
     torchrun: Torchrun, train: Train, flat: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,8 +179,15 @@ def test_a_run_of_one_process_goes_on_on_two_ranks(
     assert not [path for path in (tmp_path / "torchrun").iterdir() if not path.name.startswith("samples-")]
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("fault", ["fail()", "os.kill(os.getpid(), signal.SIGKILL)"])
+@pytest.mark.parametrize(
+    ("fault", "rank"),
+    [
+        ("fail()", 1),
+        pytest.param("fail()", 0, marks=pytest.mark.slow),
+        pytest.param("os.kill(os.getpid(), signal.SIGKILL)", 1, marks=pytest.mark.slow),
+        pytest.param("os.kill(os.getpid(), signal.SIGKILL)", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_that_fails_ends_all_and_the_first_says_where_to_go_on(
     torchrun: Torchrun, flat: Path, tmp_path: Path, rank: int, fault: str
 ) -> None:
