@@ -151,10 +151,17 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             raise KeyboardInterrupt
         asked, asked_at = INTERRUPTED if number == signal.SIGINT else PREEMPTED, time.monotonic()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, *PREEMPTION)}
+    before = signal.signal(signal.SIGINT, ask)
+    for number in PREEMPTION:
+        signal.signal(number, ask)
     yield lambda: asked
-    for number, handler in before.items():  # not after a fault: torchrun's SIGTERM must not come before it is said
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, before)
+    for number in PREEMPTION:  # not after a fault: torchrun's SIGTERM must not come before it is said
+        signal.signal(number, _make_room)
+
+
+def _make_room(number: int, frame: object) -> None:
+    sys.exit(PREEMPTED)
 
 
 _NOT_OURS = (ValueError, OSError, FloatingPointError)  # faults that somebody else than us can have made
@@ -170,12 +177,10 @@ def run(main: Callable[[RunLog], int]) -> int:
 
     A fault that is nobody's but ours is shown with its traceback among several ranks: who was it, and where?
     """
-
-    def preempted(number: int, frame: object) -> None:
-        sys.exit(PREEMPTED)
-
-    for number in PREEMPTION:
-        signal.signal(number, preempted)  # until there is something to save
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if not several:  # until there is something to save. (What waits for other ranks would not hear of it, and to them
+        for number in PREEMPTION:  # torchrun says the same where one has failed: that is no reason to come again.)
+            signal.signal(number, _make_room)
     log = RunLog()
     log.console.quiet = not first_rank()
     try:
@@ -186,12 +191,16 @@ def run(main: Callable[[RunLog], int]) -> int:
             raise
         if isinstance(error, ConnectionError) and not first_rank():
             return 1  # the rank that failed says why, and the first one where to go on from
-        if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, _NOT_OURS):
+        if several and not isinstance(error, _NOT_OURS):
             traceback.print_exc()
         print(f"error: {explain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit as end:
+        if end.code == 2 and not first_rank():  # the command line is wrong, which the first rank still has to say:
+            time.sleep(10)  # torchrun ends all as soon as one has ended
+        raise
     finally:
         for number in PREEMPTION:
             signal.signal(number, signal.SIG_IGN)  # the exit status stands, and nothing is left to be stopped

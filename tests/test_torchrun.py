@@ -179,13 +179,51 @@ def test_a_run_of_one_process_goes_on_on_two_ranks(
     assert not [path for path in (tmp_path / "torchrun").iterdir() if not path.name.startswith("samples-")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "rank"),
+    ("told", "options", "preempted"),
     [
-        ("fail()", 1),
-        pytest.param("fail()", 0, marks=pytest.mark.slow),
-        pytest.param("os.kill(os.getpid(), signal.SIGKILL)", 1, marks=pytest.mark.slow),
-        pytest.param("os.kill(os.getpid(), signal.SIGKILL)", 0, marks=pytest.mark.slow),
+        ("if rank == '0': at_step(7, lambda: os.kill(os.getppid(), signal.SIGINT))", (), False),
+        (
+            "if rank == '0': at_step(7, lambda: os.kill(os.getppid(), signal.SIGUSR1))",
+            ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
+            True,
+        ),
+        ("if rank == '1': at_step(7, lambda: os.kill(os.getpid(), signal.SIGUSR1))", (), True),
+    ],
+    ids=["Ctrl-C", "SIGUSR1", "SIGUSR1 to one rank"],
+)
+def test_however_ranks_are_told_to_stop_they_save(
+    torchrun: Torchrun, flat: Path, tmp_path: Path, told: str, options: tuple[str, ...], preempted: bool
+) -> None:
+    """With a disk so slow that the second rank has ended long before the first has saved."""
+    run = tmp_path / "run"
+    hook = f"""
+fsync = os.fsync
+os.fsync = lambda file: (time.sleep(3), fsync(file))
+factor = model.learning_rate_factor
+model.learning_rate_factor = lambda *rest, **named: (time.sleep(0.2), factor(*rest, **named))[1]
+{told}
+"""
+    status, text = torchrun("--data", flat, *OPTIONS, "--run-folder", run, hook=f"import model{hook}", options=options)
+    assert status != 0
+    assert not errors(text) + tracebacks(text), text
+    step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+    assert AT < step < 20
+    assert text.count(f"interrupted after step {step}; --resume goes on from there") == 1
+    assert (run / "preempted").exists() == preempted
+    if "getpid" in told:
+        assert "exitcode  : 75" in text, "of the first rank, which nobody has hurried"
+        assert "closing signal" not in text
+
+
+@pytest.mark.parametrize(
+    ("rank", "fault"),
+    [
+        (1, "fail()"),
+        pytest.param(0, "fail()", marks=pytest.mark.slow),
+        pytest.param(1, "os.kill(os.getpid(), signal.SIGKILL)", marks=pytest.mark.slow),
+        pytest.param(0, "os.kill(os.getpid(), signal.SIGKILL)", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_fails_ends_all_and_the_first_says_where_to_go_on(
@@ -221,6 +259,23 @@ else:
     assert not (run / "preempted").exists()
 
 
+@pytest.mark.slow
+def test_a_rank_that_fails_before_the_first_step_is_no_reason_to_come_again(
+    torchrun: Torchrun, flat: Path, tmp_path: Path
+) -> None:
+    """As one that finds no GPU: torchrun tells the first one to end, as it does where there is a better job."""
+    hook = """
+import pipeline
+if rank == "1":
+    pipeline.find_device = lambda *_: (time.sleep(2), fail())  # the other waits for it by then
+"""
+    status, text = torchrun("--data", flat, *OPTIONS, "--run-folder", tmp_path / "run", hook=hook)
+    assert status != 0
+    assert sum("KeyError: 'a bug'" in line for line in errors(text)) == 1, text
+    assert "forcefully" not in text, "SIGTERM has ended the other"
+    assert not (tmp_path / "run" / "preempted").exists()
+
+
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [
@@ -233,6 +288,7 @@ def test_a_mistake_is_said_once(
 ) -> None:
     status, text = torchrun("--data", flat, *OPTIONS, "--run-folder", tmp_path / "run", *mistake)
     assert status != 0
+    assert "forcefully" not in text, "SIGTERM has ended the other"
     assert text.count(words) == 1, text
     assert not tracebacks(text), text
     assert not (tmp_path / "run").exists()
