@@ -145,11 +145,12 @@ def test_runs_killed_two_hundred_times_end_to_the_same_bits(
 def test_a_run_killed_between_any_two_changes_of_its_folder_ends_to_the_same_bits(
     start: ForkServer, whole: Path
 ) -> None:
-    folder = start.folder / "run"
+    folder, saved = start.folder / "run", 0
     for nth in itertools.count(1):
         status = start(*OPTIONS, "--run", "run", killed_at=nth).wait()
         assert status in (0, -signal.SIGKILL)
-        saved = newest(folder)
+        before, saved = saved, newest(folder)
+        assert saved >= before, f"killed before its change {nth} it has lost what was saved"
         run = start(*OPTIONS, "--run", "run")
         assert run.wait() == 0, f"{run.text()}, killed before its change {nth}"
         assert not saved or f"resumed after step {saved}" in run.text()
