@@ -22,7 +22,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from conftest import as_records, encoded, picture, refused, write_photos
+from conftest import as_records, encoded, needed, picture, refused, write_photos
 from PIL import Image
 from rich.console import Console
 
@@ -671,6 +671,7 @@ def test_the_report_holds_every_rung_and_contender(gpu: bool) -> None:
 
 
 def test_the_report_is_printed_and_drawn(bench: Bench, tmp_path: Path) -> None:
+    needed("matplotlib")
     for name, result in (("a", a_record()), ("b", dataclasses.replace(a_record(True), contenders=[]))):
         result.write(tmp_path / f"{name}.json")
     status, text = bench("report", tmp_path / "a.json", tmp_path / "b.json", "--plot", tmp_path / "a.png")
@@ -717,6 +718,7 @@ def test_the_doctor_names_everything_and_is_content(bench: Bench) -> None:
 def test_a_peer_that_cannot_be_imported_is_missing_and_one_that_is_needed_is_wrong(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    needed("matplotlib")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, text = bench("doctor")
     assert status == 0
