@@ -117,7 +117,7 @@ class RunConfig:
     deterministic: bool = False
     """The same bits each time on a GPU too, at some cost in speed. (On a CPU they are.)"""
     recompute: bool = False
-    """Compute the backbone's activations again in the backward pass: a third of the memory, a quarter more work."""
+    """Compute the backbone's activations again in the backward pass: a quarter is kept, for a third more work."""
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 3
     """The last ones that are kept."""
