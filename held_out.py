@@ -24,23 +24,15 @@ def open_stores(preset: str, config: Pretrain, log: RunLog) -> tuple[Store, Stor
     if config.data.data is not None:
         train_folder, test_folder = pipeline.find_splits(config.data.data)
     elif preset == "demo":
-        with log.bar("drawing the demo data set, once") as bar:
-            train_folder, test_folder = pipeline.find_splits(pipeline.demo_folder(pipeline.cache_folder(), bar))
+        train_folder, test_folder = find_demo(log)
     else:
         raise ValueError(f"{preset} needs images: --data DIR or FILE")
-
-    def opened(folder: Path) -> Store:
-        with log.bar(f"indexing {folder}") as bar:
-            store = pipeline.open_store(folder, bar)
-        log.say_rejects("left out", {str(folder / name): reason for name, reason in store.rejects.items()})
-        return store
-
-    train_store = opened(train_folder)
+    train_store = open_store(train_folder, log)
     if not train_store.classes:
         log.say(f"{train_folder} has no labels (or images beside class folders): no kNN test, which needs them")
         return train_store, None
     if test_folder is not None:
-        test_store = opened(test_folder)
+        test_store = open_store(test_folder, log)
         if test_store.classes == train_store.classes:
             return train_store, test_store
         log.say(f"{test_folder} has other classes than {train_folder}: not used")
@@ -48,6 +40,24 @@ def open_stores(preset: str, config: Pretrain, log: RunLog) -> tuple[Store, Stor
     train_part, test_part = pipeline.hold_out(train_store, share, config.run.seed)
     log.say(f"{len(test_part):,} images are kept out of training for the kNN test (--hold-out)")
     return train_part, test_part
+
+
+def find_demo(log: RunLog) -> tuple[Path, Path | None]:
+    """The folders of the embedded data set: to train and to test on."""
+    import pipeline
+
+    with log.bar("drawing the demo data set, once") as bar:
+        return pipeline.find_splits(pipeline.demo_folder(pipeline.cache_folder(), bar))
+
+
+def open_store(path: Path, log: RunLog) -> Store:
+    """The images at `path`; those that are left out are named."""
+    import pipeline
+
+    with log.bar(f"indexing {path}") as bar:
+        store = pipeline.open_store(path, bar)
+    log.say_rejects("left out", {str(path / name): reason for name, reason in store.rejects.items()})
+    return store
 
 
 class HeldOut:

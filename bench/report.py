@@ -1,4 +1,4 @@
-"""`python -m bench report`: records as the tables and the plot that the README shows."""
+"""`python -m bench report`: records as the tables and the plot of docs/throughput.md."""
 
 from __future__ import annotations
 

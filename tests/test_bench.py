@@ -683,12 +683,12 @@ def test_the_report_is_printed_and_drawn(bench: Bench, tmp_path: Path) -> None:
     refused(bench("report", tmp_path / "c.json"), "c.json")
 
 
-def test_the_readme_shows_what_was_measured() -> None:
+def test_the_page_shows_what_was_measured() -> None:
     records = sorted((ROOT / "bench" / "results").glob("feed-*.json"))
     if not records:
         pytest.skip("bench/results holds no feed-*.json yet")
-    readme = (ROOT / "README.md").read_text()
-    shown = readme.partition("<!-- bench -->")[2].partition("<!-- /bench -->")[0].splitlines()
+    page = (ROOT / "docs" / "throughput.md").read_text()
+    shown = page.partition("<!-- bench -->")[2].partition("<!-- /bench -->")[0].splitlines()
     for path in records:
         for line in report.markdown(record.read(path)).splitlines():
             assert not line.startswith("|") or line in shown, path.name

@@ -1,0 +1,266 @@
+"""What pretrained weights are worth, by the evaluations of the paper, and what they say about an image.
+
+uv run evaluate.py knn                                                     the last demo run, the embedded data set
+uv run evaluate.py linear --checkpoint resnet50.pth --train imagenet       anybody's weights, your images
+uv run evaluate.py semisup --checkpoint runs/a --train imagenet --labels 1percent.txt
+uv run evaluate.py svm --checkpoint runs/a --voc07 data
+uv run evaluate.py predict --checkpoint runs/a/linear.safetensors cat.jpg dog.jpg
+uv run evaluate.py export --checkpoint runs/a --to timm
+uv run evaluate.py compare runs/a runs/b
+uv run evaluate.py --help
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import protocols
+import runlog
+from classifier import NEIGHBOURS, Classifier, load_classifier
+from held_out import find_demo
+from protocols import Compare, Export, Knn, Linear, Predict, Semisup, Svm
+from results import compare, record
+from runlog import RunLog, printable
+from subject import Subject, open_images
+
+os.environ |= {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"} | os.environ  # as in train.py
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from model import Tuning
+    from pipeline import Batch, Store
+
+__all__ = ["load_classifier"]
+
+_PAIRS = 10_000  # images of which two distorted views are compared, at most
+_SHOWN = 8  # images of the embedded data set that are predicted where none are named
+
+
+def main(log: RunLog) -> int:
+    """What the command line asks for; the exit status."""
+    job = protocols.parse()
+    protocols.check(job)
+    if isinstance(job, Compare):
+        return compare(job.runs, log)
+    verbs: dict[type, Callable[[Any, RunLog], int]] = {Knn: knn, Linear: linear, Semisup: semisup, Svm: svm}
+    verbs |= {Predict: predict, Export: export}
+    return verbs[type(job)](job, log)
+
+
+def knn(job: Knn, log: RunLog) -> int:
+    """k nearest neighbours, and what can be read from features without labels."""
+    subject = Subject(job.network, log, job.images.decoder, job.images.threads)
+    import torch
+
+    import model
+    import pipeline
+
+    train, test = open_images(job.images, log)
+    bank, bank_labels, _ = subject.features(train, "features of those that vote")
+    queries, labels, _ = subject.features(test, "features of those that are asked about")
+    accuracy = model.knn_accuracy(bank, bank_labels, queries, labels, job.k, job.temperature)
+    some, recipe = pipeline.at_most(_PAIRS, test, job.images.seed), pipeline.barlow_twins(subject.size)
+    with torch.no_grad():
+        pairs = [[subject.backbone(view) for view in views] for views, *_ in subject.views(some, "pairs", recipe)]
+    found = {f"knn_{name}": value for name, value in accuracy.items()}
+    found["effective_rank"] = model.effective_rank(bank)
+    found["alignment"] = model.feature_alignment(*(torch.cat(view) for view in zip(*pairs, strict=True)))
+    found["uniformity"] = model.feature_uniformity(queries)
+    setup = counts(train) | {"k": job.k, "temperature": job.temperature}
+    record(subject, "knn", job, found, setup, protocols.KNN_PUBLISHED, {"train": train, "test": test})
+    return 0
+
+
+def linear(job: Linear, log: RunLog) -> int:
+    """Linear classifiers on the frozen network; the best is kept for `predict`."""
+    subject = Subject(job.network, log, job.images.decoder, job.images.threads)
+    import torch
+
+    import model
+
+    train, test = open_images(job.images, log)
+    (preset, protocol), heads = job.protocol(), tuple(job.heads())
+    name = f"linear-{preset}" + "-sweep" * (len(heads) > 1)
+    tuning = model.Tuning(protocol.epochs, heads, milestones=protocol.milestones or None)
+    amp_dtype = getattr(torch, job.precision)
+    trained = tune(subject, job, name, train, tuning, job.batch_size, amp_dtype)
+    scores = model.accuracies(subject.backbone, trained, subject.views(test, "testing"), amp_dtype)
+    best = max(range(len(heads)), key=lambda i: scores[i]["top1"] if scores[i]["top1"] >= 0 else -1)  # NaN: diverged
+    each = [{"lr": lr, "weight decay": decay} | score for (lr, decay), score in zip(heads, scores, strict=True)]
+    setup = counts(train) | {"batch": job.batch_size, "precision": job.precision} | protocol.setup
+    setup |= {name: each[best][name] for name in ("lr", "weight decay")}
+    stores = {"train": train, "test": test}
+    record(subject, name, job, scores[best], setup, job.published(), stores, heads=each)
+    if len(heads) > 1:
+        rows = {
+            f"lr {h['lr']:g}, weight decay {h['weight decay']:g}": f"{h['top1']:.2f} / {h['top5']:.2f}" for h in each
+        }
+        log.table(rows)
+        log.say("The best was chosen by the images that it was tested on, which makes its figure a little high.")
+    keep(subject, trained[best], train, f"{name}.safetensors")
+    return 0
+
+
+def semisup(job: Semisup, log: RunLog) -> int:
+    """The network and a new classifier tuned on few labels."""
+    subject = Subject(job.network, log, job.images.decoder, job.images.threads)
+    import model
+    import pipeline
+
+    train, test = open_images(job.images, log)
+    try:
+        labelled = pipeline.balanced(train, float(job.labels), job.images.seed)
+    except ValueError as error:
+        if not Path(job.labels).is_file():
+            raise ValueError(f"--labels {job.labels}: {error}") from None
+        labelled = pipeline.listed(train, Path(job.labels))
+    share, (_, protocol) = len(labelled) / len(train), job.protocol()
+    name = f"semisup-{100 * share:.3g}percent"
+    milestones = protocol.milestones or None
+    heads = ((protocol.lr, 0.0),)
+    tuning = model.Tuning(protocol.epochs, heads, 0.9, protocol.backbone_lr, milestones, gamma=0.2)
+    (head,) = tune(subject, job, name, labelled, tuning, protocol.batch_size)
+    (score,) = model.accuracies(subject.backbone, [head], subject.views(test, "testing"))
+    setup = counts(train) | {"labelled images": len(labelled)} | protocol.setup
+    stores = {"train": train, "labelled": labelled, "test": test}
+    record(subject, name, job, score, setup, job.published(share), stores)
+    keep(subject, head, train, f"{name}.safetensors")
+    return 0
+
+
+def svm(job: Svm, log: RunLog) -> int:
+    """A support vector machine for each class of VOC2007."""
+    subject = Subject(job.network, log, job.decoder, job.threads)
+    import model
+    import pipeline
+
+    if (root := job.voc07) is None:
+        with log.bar("drawing a development kit, once") as bar:
+            root = pipeline.demo_devkit(pipeline.cache_folder(), find_demo(log)[0].parent, bar)
+    features, stores = [], {}
+    for split in ("trainval", "test"):
+        stores[split], targets, classes = pipeline.open_voc(root, split)
+        found, _, samples = subject.features(stores[split], f"features of {split}", pipeline.whole_view(subject.size))
+        features += [found.cpu(), targets[samples.numpy()]]
+    with log.bar("support vector machines") as bar:
+        result = model.svm_map(*features, classes, progress=bar)
+    setup = {"training images": len(stores["trainval"]), "test images": len(stores["test"]), "classes": len(classes)}
+    record(subject, "svm", job, {"map": result.map}, setup, protocols.SVM_PUBLISHED, stores, classes=result.each)
+    log.table({name: f"{found['ap']:.2f} (C {found['cost']:g})" for name, found in result.each.items()})
+    return 0
+
+
+def predict(job: Predict, log: RunLog) -> int:
+    """Classes and scores of images."""
+    log.console.quiet |= job.json
+    if not job.pictures and job.network.checkpoint != protocols.DEMO_RUN:
+        raise ValueError("name images to predict: evaluate.py predict --checkpoint W IMAGE...")
+    classifier = Classifier(
+        Subject(job.network, log), job.train, k=job.k, temperature=job.temperature, neighbours=job.neighbours
+    )
+    pictures = job.pictures or tuple(demo_pictures(log))
+    found = classifier.explain(pictures, NEIGHBOURS * job.neighbours)
+    if job.json:
+        print(
+            json.dumps([{"image": str(path)} | values for path, values in zip(pictures, found, strict=True)], indent=2)
+        )
+        return 0
+    log.say(f"by {classifier.how}:")
+    for path, values in zip(pictures, found, strict=True):
+        said = {printable(str(path)): f"{values['pred_class']}  {values['pred_score']:.3f}"}
+        for near in values.get("neighbours", ()):
+            said[f"  {near['similarity']:.3f}  {near['pred_class']}"] = near["image"]
+        log.table(said)
+    return 0
+
+
+def export(job: Export, log: RunLog) -> int:
+    """The weights in another program's layout."""
+    subject = Subject(job.network, log)
+    import model
+
+    suffix = {"detectron2": "pkl", "safetensors": "safetensors"}.get(job.to, "pth")
+    path = subject.folder / f"{job.to}.{suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model.export(subject.weights, job.to, path)
+    log.say(f"written to {printable(str(path))}")
+    return 0
+
+
+def tune(
+    subject: Subject,
+    job: Linear | Semisup,
+    name: str,
+    train: Store,
+    tuning: Tuning,
+    batch_size: int,
+    amp_dtype: torch.dtype | None = None,
+) -> list[nn.Linear]:
+    """Trains heads on crops of `train`; what it goes on from, if it is ended, lies in the subject's folder till then."""
+    import torch
+
+    import model
+    import pipeline
+
+    loader = subject.open_loader(
+        train, pipeline.crop_and_flip(subject.size), batch_size, shuffle=True, seed=job.images.seed
+    )
+    subject.folder.mkdir(parents=True, exist_ok=True)
+    unfinished = subject.folder / f"{name}.unfinished.pt"
+    settings = {"images": pipeline.fingerprint(train), "weights": subject.digest(), "view": subject.size}
+    with subject.log.bar(name) as bar:
+
+        def batches(epoch: int) -> Iterator[Batch]:
+            reading = f"epoch {epoch + 1} of {tuning.epochs}"
+            for step, batch in enumerate(loader.epoch(epoch), epoch * len(loader) + 1):
+                yield batch
+                bar(step, tuning.epochs * len(loader), reading)
+
+        heads = model.train_heads(
+            subject.backbone,
+            len(train.classes),
+            tuning,
+            batches,
+            seed=job.images.seed,
+            settings=settings | {"batch": batch_size},
+            checkpoint=unfinished,
+            resume=job.resume,
+            amp_dtype=amp_dtype or torch.float32,
+        )
+    subject.say_bad(loader)
+    return heads
+
+
+def keep(subject: Subject, head: nn.Linear, train: Store, name: str) -> None:
+    """The network and its classifier, for `predict`."""
+    import model
+
+    state = {key: value.detach().cpu() for key, value in head.state_dict().items()}
+    weights = model.Weights("twinfeed", subject.backbone.state_dict(), {}, state, train.classes, subject.size)
+    model.export(weights, "safetensors", subject.folder / name)
+    (subject.folder / name).with_suffix(".unfinished.pt").unlink(missing_ok=True)
+    subject.log.say(
+        f"its classifier: evaluate.py predict --checkpoint {printable(str(subject.folder / name))} IMAGE..."
+    )
+
+
+def counts(train: Store) -> dict[str, Any]:
+    return {"training images": len(train), "classes": len(train.classes)}
+
+
+def demo_pictures(log: RunLog) -> list[Path]:
+    """Some test images of the embedded data set, one of each class."""
+    folder = find_demo(log)[1]
+    assert folder is not None
+    return [min(path.iterdir()) for path in sorted(folder.iterdir())][:_SHOWN]
+
+
+if __name__ == "__main__":
+    sys.exit(runlog.run(main))

@@ -1,0 +1,131 @@
+"""What is evaluated: a network on its device, the images that it is shown, and the folder for what is found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from held_out import find_demo, open_store
+from protocols import DEMO_RUN, Images, Network
+from runlog import RunLog, counted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline import Batch, Loader, Recipe, Store
+
+
+class Subject:
+    """The network of a checkpoint, in evaluation mode, and views of images for it."""
+
+    def __init__(self, config: Network, log: RunLog, decoder: str = "auto", threads: int | None = None) -> None:
+        """ValueError for a checkpoint that cannot be read or is no ResNet, or a device that is not there."""
+        if config.checkpoint == DEMO_RUN and not DEMO_RUN.exists():
+            raise ValueError(f"{DEMO_RUN} is not there: run train.py first, or name weights with --checkpoint")
+        with log.bar("loading torch"):
+            import torch
+
+            import model
+            import pipeline
+        self.log, self.checkpoint, self._decoder, self._threads = log, config.checkpoint, decoder, threads
+        self.device = pipeline.find_device(config.device)
+        self.device_name = pipeline.describe_device(self.device)
+        model.prepare_device(self.device, deterministic=False)
+        with log.bar(f"reading {config.checkpoint}"):
+            self.weights = model.read_weights(config.checkpoint)
+            backbone = model.load_backbone(self.weights, config.checkpoint)
+        self.backbone = backbone.to(self.device).to(memory_format=torch.channels_last).eval()
+        self.size = config.size or self.weights.size or 224
+        ours = config.checkpoint if config.checkpoint.is_dir() else config.checkpoint.parent
+        run = ours if (ours / "config.json").exists() else Path("runs") / config.checkpoint.stem
+        self.folder = config.output or run
+        name = backbone.name + f" of width {backbone.width}" * (backbone.width != 64)
+        self.setup: dict[str, Any] = {"backbone": name, "view, px": self.size}
+        log.say(f"{config.checkpoint}: {name}, {self.weights.layout}; views of {self.size} px; {self.device_name}")
+
+    def about(self, stores: dict[str, Store]) -> dict[str, Any]:
+        """For the record: the weights and the images, by digests."""
+        import pipeline
+
+        images = {
+            name: {"images": len(store), "classes": len(store.classes), "fingerprint": pipeline.fingerprint(store)}
+            for name, store in stores.items()
+        }
+        return {"weights": {"layout": self.weights.layout, "sha256": self.digest()}, "images": images}
+
+    def digest(self) -> str:
+        """Of the file that the weights were read from."""
+        path = self.checkpoint / "checkpoint.pt" if self.checkpoint.is_dir() else self.checkpoint
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def open_loader(
+        self,
+        store: Store,
+        recipe: Recipe,
+        batch_size: int = 128,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        decoder: str | None = None,
+    ) -> Loader:
+        import pipeline
+
+        return pipeline.open_loader(
+            store,
+            recipe,
+            batch_size=batch_size,
+            decoder=decoder or self._decoder,
+            threads=self._threads,
+            seed=seed,
+            shuffle=shuffle,
+            device=self.device,
+        )
+
+    def views(self, store: Store, what: str, recipe: Recipe | None = None) -> Iterator[Batch]:
+        """Each image of `store` once, in order, as a test view, or by `recipe`; those that cannot be read are named."""
+        import pipeline
+
+        loader = self.open_loader(store, recipe or pipeline.center_view(self.size))
+        with self.log.bar(what) as bar:
+            yield from counted(loader.epoch(0), len(loader), bar)
+        self.say_bad(loader)
+
+    def say_bad(self, loader: Loader) -> None:
+        bad = {loader.store.name(sample): reason for sample, reason in loader.bad.items()}
+        self.log.say_rejects("left out", bad)
+
+    def features(self, store: Store, what: str, recipe: Recipe | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled features [n, F] of every image that can be read, its label [n] and its position in the store [n]."""
+        import torch
+
+        import model
+
+        samples = []
+
+        def noted() -> Iterator[Batch]:
+            for batch in self.views(store, what, recipe):
+                samples.append(batch.samples)
+                yield batch
+
+        found, labels = model.extract(noted(), {"": self.backbone}, rows=len(store))
+        if not len(labels):
+            raise ValueError(f"none of the {len(store):,} images can be read, the first: {store.name(0)}")
+        return found[""], labels, torch.cat(samples)
+
+
+def open_images(images: Images, log: RunLog) -> tuple[Store, Store]:
+    """Labelled images to learn from and to be asked about, with the same classes; those of the demo where none are named.
+
+    ValueError where there is no test set, no labels, or a class in it that cannot be learned.
+    """
+    import pipeline
+
+    train, test = find_demo(log) if images.train is None else pipeline.find_splits(images.train)
+    test = images.test or test
+    if test is None:
+        raise ValueError(f"{train} has no val/ or test/ beside its train/: name images to test on with --test")
+    train_store = open_store(train, log)
+    return train_store, pipeline.with_classes(open_store(test, log), train_store.classes)

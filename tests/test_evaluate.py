@@ -1,0 +1,408 @@
+"""The verb evaluate.py as a user meets it: what each evaluation writes and says, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, Train, encoded, picture, refused, write_photos
+from PIL import Image
+
+import protocols
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--device", "cpu"]
+
+
+@pytest.fixture
+def evaluate(run_verb: Train) -> Train:
+    """`evaluate.py` in this process, from an empty folder: (exit status, everything it said)."""
+    return partial(run_verb, "evaluate")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes that colour tells apart: 60 images to learn from, 30 to be asked about."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 60), ("val", 30)):
+        for i in range(count):
+            path = root / split / f"class{i % 3}" / f"{split}_{i:03d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.asarray(picture(40 + i % 7, 36 + i % 5, seed=1000 * (split == "val") + i)).copy()
+            pixels[..., i % 3] //= 4  # of one of red, green and blue there is little
+            path.write_bytes(encoded(Image.fromarray(pixels), quality=90))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretraining of an epoch."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    command = [sys.executable, ROOT / "train.py", "--data", data, "--epochs", "1", *TINY, "--run", folder]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder.parent)
+    return folder
+
+
+@pytest.fixture
+def common(run: Path, data: Path) -> list[Any]:
+    return ["--checkpoint", run, "--train", data, "--output", "out", *QUICK]
+
+
+def found(name: str) -> dict[str, Any]:
+    return json.loads((Path("out") / f"{name}.json").read_text())
+
+
+def files() -> set[str]:
+    return {path.name for path in Path("out").iterdir()} if Path("out").exists() else set()
+
+
+# ── what each finds ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_knn(evaluate: Train, common: list[Any], run: Path) -> None:
+    status, text = evaluate("knn", *common, "--k", "5")
+    assert status == 0, text
+    values = found("knn")
+    assert set(values["results"]) == {"knn_top1", "knn_top5", "effective_rank", "alignment", "uniformity"}
+    assert 50 < values["results"]["knn_top1"] <= 100  # colours are told apart by random weights
+    assert values["results"]["knn_top5"] == 100  # of three classes
+    assert 1 <= values["results"]["effective_rank"] <= 64
+    assert values["setup"] == {
+        "backbone": "resnet18 of width 8",
+        "view, px": 16,
+        "training images": 60,
+        "classes": 3,
+        "k": 5,
+        "temperature": 0.07,
+    }
+    assert "training images 60, not 1,281,167" in values["differs"]
+    assert values["images"]["train"] == {"images": 60, "classes": 3} | {
+        "fingerprint": values["images"]["train"]["fingerprint"]
+    }
+    assert values["configuration"]["k"] == 5
+    assert values["environment"]["torch"] == torch.__version__.partition("+")[0]
+    for said in ("45.6 (lightly, 100 epochs)", "classes 3, not 1,000", "out/knn.json"):
+        assert said in " ".join(text.split())
+
+
+def test_linear_learns_and_leaves_a_classifier_for_predict(evaluate: Train, common: list[Any], data: Path) -> None:
+    status, text = evaluate("linear", *common, "--epochs", "6", "--batch-size", "20", "--lr", "3")
+    assert status == 0, text
+    values = found("linear-imagenet")
+    assert values["results"]["top1"] >= 80
+    assert {"epochs 6, not 100", "batch 20, not 256", "lr 3, not 0.3"} <= set(values["differs"])
+    assert not [said for said in values["differs"] if said.startswith("weight decay")]
+    assert values["published"]["results"] == {"top1": 73.2, "top5": 91.0}
+    assert files() == {"linear-imagenet.json", "linear-imagenet.safetensors"}
+
+    pictures = sorted((data / "val").rglob("*.jpg"))
+    status, text = evaluate("predict", "--checkpoint", "out/linear-imagenet.safetensors", "--json", *pictures, *QUICK)
+    assert status == 0, text
+    predicted = json.loads(text)
+    assert [p["image"] for p in predicted] == [str(path) for path in pictures]
+    right = [p["pred_class"] == path.parent.name for p, path in zip(predicted, pictures, strict=True)]
+    assert 100 * np.mean(right) == pytest.approx(values["results"]["top1"])  # the same test views
+    assert all(p["pred_class"] == f"class{p['pred_label']}" and 1 / 3 <= p["pred_score"] <= 1 for p in predicted)
+
+
+def test_a_sweep_trains_each_pair_as_if_it_were_alone(evaluate: Train, common: list[Any]) -> None:
+    options = ["--epochs", "2", "--batch-size", "20"]
+    status, text = evaluate("linear", *common, *options, "--lr", "0.3", "3", "--weight-decay", "0", "1e-3")
+    assert status == 0, text
+    heads = found("linear-imagenet-sweep")["heads"]
+    assert [(h["lr"], h["weight decay"]) for h in heads] == [(0.3, 0), (0.3, 1e-3), (3, 0), (3, 1e-3)]
+    status, text = evaluate("linear", *common, *options, "--lr", "3", "--weight-decay", "1e-3")
+    assert status == 0, text
+    alone = found("linear-imagenet")["heads"][0]
+    assert alone == {name: pytest.approx(value, rel=1e-4) for name, value in heads[3].items()}
+    assert found("linear-imagenet-sweep")["results"]["top1"] == max(h["top1"] for h in heads)
+    assert len(protocols.parse(["linear", "--sweep"]).heads()) == 12  # type: ignore[union-attr]
+
+
+def test_an_interrupted_linear_goes_on_to_the_same_classifier(
+    evaluate: Train, common: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["linear", *common, "--epochs", "4", "--batch-size", "20"]
+    assert evaluate(*options)[0] == 0
+    whole = Path("out/linear-imagenet.safetensors").read_bytes()
+    Path("out/linear-imagenet.safetensors").unlink()
+
+    import model.heads
+
+    saved = model.heads.save_checkpoint
+
+    def save_and_stop(path: Path, state: dict[str, Any]) -> None:
+        saved(path, state)
+        if state["step"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.heads, "save_checkpoint", save_and_stop)
+    status, text = evaluate(*options)
+    assert status == 130
+    assert "linear-imagenet.unfinished.pt" in files()
+    monkeypatch.undo()
+    os.chdir(Path.cwd())
+    status, text = evaluate(*options, "--resume")
+    assert status == 0, text
+    assert Path("out/linear-imagenet.safetensors").read_bytes() == whole
+    refused(evaluate(*options, "--resume"), "--resume", "nothing")
+
+
+@pytest.mark.parametrize("preset", ["paper", "authors"])
+def test_semisup_tunes_the_network(evaluate: Train, common: list[Any], run: Path, preset: str) -> None:
+    options = ["--labels", "0.1", "--preset", preset, "--epochs", "3", "--batch-size", "3"]
+    status, text = evaluate("semisup", *common, *options)
+    assert status == 0, text
+    values = found("semisup-10percent")
+    assert values["setup"]["labelled images"] == 6
+    assert values["images"]["labelled"]["images"] == 6
+    assert values["setup"]["backbone lr"] == {"paper": 0.002, "authors": 0.005}[preset]
+    assert values["published"]["results"] == {"top1": 69.7, "top5": 89.3}
+    from safetensors.torch import load_file
+
+    tuned = load_file("out/semisup-10percent.safetensors")
+    before = torch.load(run / "backbone.pth", weights_only=True)
+    assert not torch.equal(tuned["conv1.weight"], before["conv1.weight"])
+    assert not torch.equal(tuned["bn1.running_mean"], before["bn1.running_mean"])  # batch statistics are learned too
+
+
+def test_semisup_takes_simclrs_lists(evaluate: Train, common: list[Any], data: Path) -> None:
+    names = [f"train_{i:03d}.jpg" for i in (0, 1, 2, 9, 10, 11)]
+    Path("list.txt").write_text("\n".join(names))
+    options = ["--labels", "list.txt", "--epochs", "1", "--batch-size", "6"]
+    status, text = evaluate("semisup", *common, *options)
+    assert status == 0, text
+    assert found("semisup-10percent")["images"]["labelled"]["images"] == 6
+    Path("list.txt").write_text("train_000.jpg\nn01440764_123.JPEG\n")
+    refused(evaluate("semisup", *common, *options), "n01440764_123.JPEG", "list.txt")
+
+
+def test_svm_on_a_development_kit(evaluate: Train, common: list[Any], devkit: Path) -> None:
+    arguments = [x for x in common if x not in ("--train", common[3])]
+    status, text = evaluate("svm", *arguments, "--voc07", devkit)
+    assert status == 0, text
+    values = found("svm")
+    assert 0 < values["results"]["map"] <= 100
+    assert values["results"]["map"] == pytest.approx(np.mean([c["ap"] for c in values["classes"].values()]))
+    assert values["published"]["results"] == {"map": 86.2}
+
+
+@pytest.fixture(scope="module")
+def devkit(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty pictures with one or two of three classes in each."""
+    root = tmp_path_factory.mktemp("kit") / "VOCdevkit" / "VOC2007"
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / name).mkdir(parents=True)
+    names = {"trainval": [], "test": []}
+    for number, path in enumerate(sorted((data / "train").rglob("*.jpg"))):
+        split = "trainval" if number % 2 else "test"
+        names[split].append(f"{number:06d}")
+        (root / "JPEGImages" / f"{number:06d}.jpg").write_bytes(path.read_bytes())
+        box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+        thing = f"<object><name>{path.parent.name}</name><difficult>{int(number % 10 == 0)}</difficult>{box}</object>"
+        (root / "Annotations" / f"{number:06d}.xml").write_text(f"<annotation>{thing}</annotation>")
+    for split, ids in names.items():
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
+    return root.parent.parent
+
+
+def test_predict_by_a_vote_and_its_neighbours(evaluate: Train, run: Path, data: Path) -> None:
+    image = data / "train" / "class1" / "train_004.jpg"
+    status, text = evaluate(
+        "predict", "--checkpoint", run, "--train", data, image, "--neighbours", "--json", "--k", "1", *QUICK
+    )
+    assert status == 0, text
+    ((says,),) = [json.loads(text)]
+    assert (says["pred_class"], says["pred_label"], says["pred_score"]) == ("class1", 1, 1.0)
+    assert len(says["neighbours"]) == 5
+    assert says["neighbours"][0]["image"] == str(image)  # itself
+    assert says["neighbours"][0]["similarity"] == pytest.approx(1, abs=1e-5)
+    status, text = evaluate("predict", "--checkpoint", run, "--train", data, image, "--neighbours", *QUICK)
+    assert status == 0, text
+    assert "by a vote of the 20 most alike of 60 training images" in text
+    assert text.count("train_004.jpg") == 2
+
+
+def test_load_classifier_takes_paths_pictures_and_arrays(
+    run: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_classifier = importlib.import_module("evaluate").load_classifier
+    classifier = load_classifier(run, data, device="cpu")
+    path = data / "val" / "class2" / "val_002.jpg"
+    image = Image.open(path)
+    says = classifier.predict(path)
+    assert set(says) == {"pred_class", "pred_label", "pred_score"}
+    assert says == classifier.predict(str(path)) == classifier.predict(image) == classifier.predict(np.asarray(image))
+    assert classifier.predict_batch([path, image]) == [says, says]
+    assert classifier.predict(image.convert("L"))["pred_class"] in {"class0", "class1", "class2"}
+    assert classifier.predict_batch([]) == []
+    with pytest.raises(ValueError, match="uint8"):
+        classifier.predict(np.zeros((8, 8, 3), np.float32))
+    with pytest.raises(ValueError, match="no classifier"):
+        load_classifier(run, device="cpu")
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "timm", "mmpretrain", "solo-learn", "lightly", "safetensors"])
+def test_export_is_read_again(evaluate: Train, common: list[Any], run: Path, data: Path, layout: str) -> None:
+    status, text = evaluate("export", "--checkpoint", run, "--to", layout, "--output", "out", *QUICK)
+    assert status == 0, text
+    (name,) = files()
+    assert f"out/{name}" in text
+    results = []
+    for checkpoint in (run, f"out/{name}"):
+        command = ["knn", "--checkpoint", checkpoint, "--train", data, "--size", "16", "--output", "out", *QUICK]
+        assert evaluate(*command)[0] == 0
+        results.append(found("knn")["results"])
+    assert results[0] == results[1]
+
+
+def test_compare_puts_runs_side_by_side(evaluate: Train, run: Path, data: Path) -> None:
+    for output, k in (("one", "1"), ("other", "7")):
+        command = ["knn", "--checkpoint", run, "--train", data, "--output", output, "--k", k, *QUICK]
+        assert evaluate(*command)[0] == 0
+    status, text = evaluate("compare", "one", "other", run)
+    assert status == 0, text
+    (line,) = [line for line in text.splitlines() if line.startswith("knn: knn_top1")]
+    figures = [
+        f"{json.loads(Path(run, 'knn.json').read_text())['results']['knn_top1']:.4g}" for run in ("one", "other")
+    ]
+    assert line.split()[2:6] == [*figures, "–", "45.6"]
+    assert "the last test of its pretraining: knn_top1" in text
+    Path("empty").mkdir()
+    refused(evaluate("compare", "one", "empty"), "empty", "holds no results")
+    refused(evaluate("compare", "absent"), "absent", "no folder")
+
+
+# ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+EVALUATIONS = [["knn"], ["linear", "--epochs", "1", "--batch-size", "4"], ["semisup", "--labels", "1", "--epochs", "1"]]
+
+
+@pytest.mark.parametrize("command", EVALUATIONS, ids=lambda command: command[0])
+def test_data_that_cannot_be_evaluated_on(
+    evaluate: Train, run: Path, data: Path, flat: Path, command: list[str]
+) -> None:
+    def tried(*arguments: object) -> tuple[int, str]:
+        return evaluate(*command, "--checkpoint", run, "--output", "out", *QUICK, *arguments)
+
+    refused(tried("--train", flat, "--test", flat), "labels")
+    refused(tried("--train", data / "train"), "--test")
+    refused(tried("--train", "nowhere"), "nowhere")
+    write_photos(Path("other"), 8, classes=4)
+    refused(tried("--train", data, "--test", "other"), "class3", "train")
+    assert not files()
+
+
+@pytest.mark.parametrize("command", [*EVALUATIONS, ["export"], ["svm"], ["predict"]], ids=lambda command: command[0])
+def test_checkpoints_that_cannot_be_evaluated(evaluate: Train, run: Path, data: Path, command: list[str]) -> None:
+    rest = ["--train", data] if command in EVALUATIONS else [data / "val"] if command == ["predict"] else []
+
+    def tried(checkpoint: object) -> tuple[int, str]:
+        return evaluate(*command, *rest, "--checkpoint", checkpoint, "--output", "out", *QUICK)
+
+    refused(tried("absent.pth"), "absent.pth")
+    Path("cut.pth").write_bytes((run / "backbone.pth").read_bytes()[:-1000])
+    refused(tried("cut.pth"), "cut.pth")
+    torch.save({"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)}, "vit.pth")
+    refused(tried("vit.pth"), "vit.pth", "patch_embed")
+    missing = torch.load(run / "backbone.pth", weights_only=True)
+    del missing["layer1.0.conv1.weight"]
+    torch.save(missing, "missing.pth")
+    refused(tried("missing.pth"), "missing.pth", "layer1.0.conv1.weight")
+    assert not files()
+
+
+def test_a_checkpoint_with_code_in_it_is_read_and_nothing_is_run(evaluate: Train, run: Path, data: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, ("touch ran",)
+
+    torch.save({"state_dict": torch.load(run / "backbone.pth", weights_only=True), "callback": Evil()}, "evil.pth")
+    status, text = evaluate(
+        "knn", "--checkpoint", "evil.pth", "--train", data, "--size", "16", "--output", "out", *QUICK
+    )
+    assert not Path("ran").exists()
+    assert status == 0, text  # its weights are good
+
+
+def test_an_image_that_cannot_be_read(evaluate: Train, run: Path, data: Path) -> None:
+    good = data / "val" / "class0" / "val_000.jpg"
+    Path("bad.jpg").write_bytes(good.read_bytes()[:200])
+    Path("text.txt").write_text("no image")
+    for name in ("bad.jpg", "text.txt", "absent.jpg", "."):
+        refused(evaluate("predict", "--checkpoint", run, "--train", data, good, name, *QUICK), name)
+    refused(evaluate("predict", "--checkpoint", run, *QUICK), "IMAGE")
+    refused(evaluate("predict", "--checkpoint", run, good, *QUICK), "--train", "linear")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("knn --k 0", "--k is 0"),
+        ("knn --temperature 0", "--temperature is 0"),
+        ("linear --epochs 0", "--epochs is 0"),
+        ("linear --lr 0.1 -1", "--lr"),
+        ("linear --weight-decay -1", "--weight-decay"),
+        ("semisup --labels 1.5", "1.5"),
+        ("semisup --labels nowhere.txt", "nowhere.txt"),
+        ("semisup --batch-size 0", "--batch-size is 0"),
+        ("knn --size 0", "--size is 0"),
+        ("knn --threads 0", "--threads is 0"),
+        ("svm --voc07 nowhere", "nowhere"),
+    ],
+)
+def test_what_no_evaluation_can_be_made_of(evaluate: Train, run: Path, data: Path, command: str, words: str) -> None:
+    rest = [] if command.startswith("svm") else ["--train", data]
+    refused(evaluate(*command.split(), "--checkpoint", run, "--output", "out", *rest, *QUICK), words)
+    assert not files()
+
+
+def test_without_a_demo_run_it_says_what_to_do(evaluate: Train) -> None:
+    for command in ("knn", "linear", "semisup", "svm", "predict", "export"):
+        refused(evaluate(command), "runs/demo", "train.py")
+
+
+# ── what is published ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_published_protocols() -> None:
+    """The table of the method, typed a second time."""
+    jobs = {name: protocols.parse(["linear", "--train", "x", "--preset", name]) for name in protocols.LINEAR}
+    found = {
+        name: (*job.protocol()[1][:3], job.protocol()[1].milestones, job.published().results["top1"])  # type: ignore[union-attr]
+        for name, job in jobs.items()
+    }
+    assert found == {
+        "imagenet": (100, 0.3, 1e-6, (), 73.2),
+        "mmpretrain": (100, 0.3, 1e-6, (), 71.8),
+        "places205": (14, 0.01, 5e-4, (5, 9), 54.1),
+        "inat18": (84, 0.01, 5e-4, (28, 56), 46.5),
+        "demo": (10, 0.3, 1e-6, (), 73.2),
+    }
+    scaled = protocols.parse(["linear", "--preset", "places205", "--batch-size", "512"])
+    assert scaled.heads() == [(0.02, 5e-4)]  # type: ignore[union-attr]
+    assert protocols.SEMISUP["paper"] == (0.002, (12, 16), 20, 0.5, 256)
+    assert protocols.SEMISUP["authors"] == (0.005, (), 20, 0.5, 256)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "mmpretrain", "places205", "inat18"])
+def test_the_published_set_up_differs_in_nothing(name: str) -> None:
+    """What `differs` says is true: nothing where the command is the published one."""
+    import results
+
+    job = protocols.parse(["linear", "--train", "x", "--preset", name])
+    assert isinstance(job, protocols.Linear)
+    data = {key: value for key, value in job.published().setup.items() if key in ("training images", "classes")}
+    network = {"backbone": "resnet50", "view, px": 224}
+    ((lr, decay),) = job.heads()
+    setup = network | data | {"batch": job.batch_size, "precision": job.precision} | job.protocol()[1].setup
+    assert results.differences(setup | {"lr": lr, "weight decay": decay}, job.published()) == []
