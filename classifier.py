@@ -66,7 +66,7 @@ class Classifier:
     def predict(self, image: Picture) -> dict[str, Any]:
         """`pred_class` (its name), `pred_label` (its number) and `pred_score` (0 to 1) of one image.
 
-        image: a path, a PIL image, or an array, uint8 [H, W, 3] RGB or [H, W] grey. ValueError where it does not decode.
+        image: a path, a PIL image, or an array, uint8 [H, W, 3] RGB or [H, W] grey. ValueError where it is none.
         """
         return self.predict_batch([image])[0]
 
@@ -86,9 +86,7 @@ class Classifier:
             part = images[first : first + _TOGETHER]
             store = pipeline.MemoryStore([pipeline.encoded(image) for image in part])
             view = pipeline.center_view(self._subject.size)
-            loader = self._subject.open_loader(
-                store, view, _TOGETHER, decoder="torchvision"
-            )  # DALI takes long to start
+            loader = self._subject.open_loader(store, view, _TOGETHER, decoder="torchvision")  # DALI starts slowly
             found, _ = model.extract(loader.epoch(0), {"": self._subject.backbone})
             for sample, reason in loader.bad.items():
                 raise ValueError(f"{_called(part[sample])}: {reason}")

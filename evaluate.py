@@ -99,10 +99,8 @@ def linear(job: Linear, log: RunLog) -> int:
     stores = {"train": train, "test": test}
     record(subject, name, job, scores[best], setup, job.published(), stores, heads=each)
     if len(heads) > 1:
-        rows = {
-            f"lr {h['lr']:g}, weight decay {h['weight decay']:g}": f"{h['top1']:.2f} / {h['top5']:.2f}" for h in each
-        }
-        log.table(rows)
+        figures = {f"lr {h['lr']:g}, weight decay {h['weight decay']:g}": h for h in each}
+        log.table({pair: f"{h['top1']:.2f} / {h['top5']:.2f}" for pair, h in figures.items()})
         log.say("The best was chosen by the images that it was tested on, which makes its figure a little high.")
     keep(subject, trained[best], train, f"{name}.safetensors")
     return 0
@@ -168,15 +166,14 @@ def predict(job: Predict, log: RunLog) -> int:
     pictures = job.pictures or tuple(demo_pictures(log))
     found = classifier.explain(pictures, NEIGHBOURS * job.neighbours)
     if job.json:
-        print(
-            json.dumps([{"image": str(path)} | values for path, values in zip(pictures, found, strict=True)], indent=2)
-        )
+        both = zip(pictures, found, strict=True)
+        print(json.dumps([{"image": str(path)} | values for path, values in both], indent=2))
         return 0
     log.say(f"by {classifier.how}:")
     for path, values in zip(pictures, found, strict=True):
         said = {printable(str(path)): f"{values['pred_class']}  {values['pred_score']:.3f}"}
         for near in values.get("neighbours", ()):
-            said[f"  {near['similarity']:.3f}  {near['pred_class']}"] = near["image"]
+            said[f"  {printable(near['image'])}"] = f"{near['pred_class']}  {near['similarity']:.3f}"
         log.table(said)
     return 0
 
@@ -203,7 +200,7 @@ def tune(
     batch_size: int,
     amp_dtype: torch.dtype | None = None,
 ) -> list[nn.Linear]:
-    """Trains heads on crops of `train`; what it goes on from, if it is ended, lies in the subject's folder till then."""
+    """Trains heads on crops of `train`; what `--resume` goes on from lies in the subject's folder meanwhile."""
     import torch
 
     import model
@@ -214,6 +211,8 @@ def tune(
     )
     subject.folder.mkdir(parents=True, exist_ok=True)
     unfinished = subject.folder / f"{name}.unfinished.pt"
+    if job.resume and not unfinished.exists():
+        raise ValueError(f"{unfinished} is not there: --resume has nothing to go on from")
     settings = {"images": pipeline.fingerprint(train), "weights": subject.digest(), "view": subject.size}
     with subject.log.bar(name) as bar:
 
@@ -246,9 +245,8 @@ def keep(subject: Subject, head: nn.Linear, train: Store, name: str) -> None:
     weights = model.Weights("twinfeed", subject.backbone.state_dict(), {}, state, train.classes, subject.size)
     model.export(weights, "safetensors", subject.folder / name)
     (subject.folder / name).with_suffix(".unfinished.pt").unlink(missing_ok=True)
-    subject.log.say(
-        f"its classifier: evaluate.py predict --checkpoint {printable(str(subject.folder / name))} IMAGE..."
-    )
+    path = printable(str(subject.folder / name))
+    subject.log.say(f"to use it: uv run evaluate.py predict --checkpoint {path} IMAGE...")
 
 
 def counts(train: Store) -> dict[str, Any]:

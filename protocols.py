@@ -97,8 +97,8 @@ class Network:
     """What is evaluated."""
 
     checkpoint: Path = DEMO_RUN
-    """Folder of a run, or a file of weights: ours, the authors', mmpretrain's, solo-learn's, lightly's, VISSL's, timm's or
-    torchvision's, told apart by what is in it; torch or safetensors. No code in it is run."""
+    """Folder of a run, or a file of weights: ours, the authors', mmpretrain's, solo-learn's, lightly's, VISSL's, timm's
+    or torchvision's, told apart by what is in it; torch or safetensors. No code in it is run."""
     size: int | None = None
     """Side of a view, pixels [default: what the checkpoint says, else 224]."""
     output: Path | None = None

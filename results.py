@@ -125,8 +125,8 @@ def _table(found: Sequence[tuple[str, dict[str, Any]]]) -> Table:
             if name in published["results"]:
                 row["published"] = f"{published['results'][name]:g} ({published['source']})"
     for (evaluation, name), row in rows.items():
-        cells = [row.get(run, "–") for run in runs]
-        table.add_row(name if one else f"{evaluation}: {name}", *cells, row.get("published", "–"))
+        cells = [row.get(run, "-") for run in runs]
+        table.add_row(name if one else f"{evaluation}: {name}", *cells, row.get("published", "-"))
     return table
 
 

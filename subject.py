@@ -117,7 +117,7 @@ class Subject:
 
 
 def open_images(images: Images, log: RunLog) -> tuple[Store, Store]:
-    """Labelled images to learn from and to be asked about, with the same classes; those of the demo where none are named.
+    """Labelled images to learn from and to be asked about, with the same classes; by default the demo's.
 
     ValueError where there is no test set, no labels, or a class in it that cannot be learned.
     """

@@ -275,7 +275,7 @@ def test_compare_puts_runs_side_by_side(evaluate: Train, run: Path, data: Path) 
     figures = [
         f"{json.loads(Path(run, 'knn.json').read_text())['results']['knn_top1']:.4g}" for run in ("one", "other")
     ]
-    assert line.split()[2:6] == [*figures, "–", "45.6"]
+    assert line.split()[2:6] == [*figures, "-", "45.6"]
     assert "the last test of its pretraining: knn_top1" in text
     Path("empty").mkdir()
     refused(evaluate("compare", "one", "empty"), "empty", "holds no results")
