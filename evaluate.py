@@ -148,10 +148,18 @@ def svm(job: Svm, log: RunLog) -> int:
         found, _, samples = subject.features(stores[split], f"features of {split}", pipeline.whole_view(subject.size))
         features += [found.cpu(), targets[samples.numpy()]]
     with log.bar("support vector machines") as bar:
-        result = model.svm_map(*features, classes, progress=bar)
+        jobs = job.threads or pipeline.usable_cores()
+        fitted = model.svm_map(*features, classes, jobs=jobs, progress=bar)
+    each = {
+        name: {"average_precision": precision, "C": cost}
+        for name, precision, cost in zip(classes, fitted.average_precisions, fitted.costs, strict=True)
+    }
     setup = {"training images": len(stores["trainval"]), "test images": len(stores["test"]), "classes": len(classes)}
-    record(subject, "svm", job, {"map": result.map}, setup, protocols.SVM_PUBLISHED, stores, classes=result.each)
-    log.table({name: f"{found['ap']:.2f} (C {found['cost']:g})" for name, found in result.each.items()})
+    found = {"map": fitted.mean_average_precision}
+    record(subject, "svm", job, found, setup, protocols.SVM_PUBLISHED, stores, each=each)
+    log.table({name: f"{one['average_precision']:.2f} (C {one['C']:g})" for name, one in each.items()})
+    if fitted.not_converged:
+        log.say(f"{fitted.not_converged} of {fitted.fits} fits had not converged after 2,000 iterations")
     return 0
 
 
@@ -207,7 +215,7 @@ def tune(
     import pipeline
 
     loader = subject.open_loader(
-        train, pipeline.crop_and_flip(subject.size), batch_size, shuffle=True, seed=job.images.seed
+        train, pipeline.crop_view(subject.size), batch_size, shuffle=True, seed=job.images.seed
     )
     subject.folder.mkdir(parents=True, exist_ok=True)
     unfinished = subject.folder / f"{name}.unfinished.pt"

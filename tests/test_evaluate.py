@@ -192,7 +192,7 @@ def test_svm_on_a_development_kit(evaluate: Train, common: list[Any], devkit: Pa
     assert status == 0, text
     values = found("svm")
     assert 0 < values["results"]["map"] <= 100
-    assert values["results"]["map"] == pytest.approx(np.mean([c["ap"] for c in values["classes"].values()]))
+    assert values["results"]["map"] == pytest.approx(np.mean([c["average_precision"] for c in values["each"].values()]))
     assert values["published"]["results"] == {"map": 86.2}
 
 
