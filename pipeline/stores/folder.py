@@ -97,10 +97,10 @@ def listed(store: Store, path: Path) -> Subset:
         several |= {name for name in {own, os.path.basename(own)} if samples.setdefault(name, sample) != sample}
     for wrong, what in (
         ([name for name in names if name not in samples], f"are not in {folder.root}"),
-        ([name for name in names if name in several], "are several images there: name them by their paths in it"),
+        ([name for name in names if name in several], "are several images there, and want their paths"),
     ):
         if wrong:
-            raise ValueError(f"{path}: {len(wrong)} of its {len(names)} names {what}. They are {few(wrong)}")
+            raise ValueError(f"{path}: {len(wrong)} of its {len(names)} names {what}: {few(wrong)}")
     if not names:
         raise ValueError(f"{path} names no image: it should hold a name a line")
     return Subset(store, np.unique([samples[name] for name in names]))
