@@ -27,6 +27,7 @@ from .layouts import export_backbone
 from .loss import LossParts, barlow_loss, normalize
 from .ranks import Ranks
 from .schedule import learning_rate_factor
+from .svm import SvmResult, average_precision, svm_map
 
 __all__ = [
     "BACKBONES",
@@ -37,7 +38,9 @@ __all__ = [
     "LastStep",
     "LossParts",
     "Ranks",
+    "SvmResult",
     "Twins",
+    "average_precision",
     "barlow_loss",
     "build_backbone",
     "choose_compilation",
@@ -66,5 +69,6 @@ __all__ = [
     "run_on",
     "save_checkpoint",
     "save_correlation",
+    "svm_map",
     "write_atomically",
 ]

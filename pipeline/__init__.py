@@ -16,44 +16,67 @@ from pathlib import Path
 import torch
 
 from .decoders import DECODERS, FOR_ANY_STORE, open_decoder
+from .images import BadImage, encoded
 from .loader import Batch, Loader
 from .machine import describe_device, find_device, usable_cores
 from .picture import view_picture
-from .recipe import Recipe, barlow_twins, center_view
-from .stores import Progress, Store, Subset, at_most, cache_folder, fingerprint, hold_out
+from .recipe import Recipe, barlow_twins, center_view, crop_view, whole_view
+from .stores import (
+    MemoryStore,
+    Progress,
+    Store,
+    Subset,
+    at_most,
+    balanced,
+    cache_folder,
+    fingerprint,
+    hold_out,
+    with_classes,
+)
 from .stores.demo import demo_folder
-from .stores.folder import FolderStore, find_splits
+from .stores.folder import FolderStore, find_splits, listed
 from .stores.formats import FORMATS, find_format
 from .stores.shard import Written
 from .stores.verify import verify_store
+from .stores.voc import demo_devkit, open_voc
 from .stores.write import Report, write_store
 
 __all__ = [
     "DECODERS",
     "FORMATS",
     "FOR_ANY_STORE",
+    "BadImage",
     "Batch",
     "Loader",
+    "MemoryStore",
     "Recipe",
     "Report",
     "Store",
     "Subset",
     "Written",
     "at_most",
+    "balanced",
     "barlow_twins",
     "cache_folder",
     "center_view",
+    "crop_view",
+    "demo_devkit",
     "demo_folder",
     "describe_device",
+    "encoded",
     "find_device",
     "find_splits",
     "fingerprint",
     "hold_out",
+    "listed",
     "open_loader",
     "open_store",
+    "open_voc",
     "usable_cores",
     "verify_store",
     "view_picture",
+    "whole_view",
+    "with_classes",
     "write_store",
 ]
 

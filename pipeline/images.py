@@ -7,6 +7,7 @@ JPEGs go through libjpeg-turbo by simplejpeg, bit-identical to Pillow and faster
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")  # the last for the pixels that
 PPM = b"P6\n%d %d\n255\n"  # width and height of the raw RGB pixels that follow
 
 Encoded = bytes | memoryview
+Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `image_size` refuses what it warns of
 
@@ -44,6 +46,41 @@ def image_size(data: Encoded) -> tuple[int, int]:
     if size[0] * size[1] > MAX_PIXELS:
         raise BadImage(f"{size[1]} x {size[0]} pixels: more than {MAX_PIXELS:,}")
     return size
+
+
+def encoded(picture: Picture) -> bytes:
+    """A file as it is, or a PIL image, or an array [H, W, 3] (RGB) or [H, W] (grey), as a PPM of the pixels that
+    `decode` would give: so that whatever is at hand goes through one pipeline.
+
+    ValueError, with the file if it is one, for what cannot be used; that a file is an image is not looked at.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        try:
+            with open(picture, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise ValueError(f"{os.fspath(picture)}: {error.strerror}. Name the file of an image") from None
+    if isinstance(picture, Image.Image):
+        if picture.mode == "F":
+            raise ValueError("a PIL image of mode F holds numbers whose range it does not say: make it RGB or L")
+        try:
+            pixels = _rgb(picture.copy())
+        except OSError as error:  # it is read from its file only here
+            raise BadImage(f"{getattr(picture, 'filename', '') or 'a PIL image'}: {error}") from error
+    else:
+        pixels = np.asarray(picture)
+        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
+            raise ValueError(
+                f"an array {list(pixels.shape)} of {pixels.dtype} is no image: give uint8 [height, width, 3] in the "
+                "order RGB, or [height, width] if grey; or a path, or a PIL image"
+            )
+        pixels = np.broadcast_to(pixels if pixels.ndim == 3 else pixels[:, :, None], (*pixels.shape[:2], 3))
+    return as_ppm(pixels)
+
+
+def as_ppm(pixels: NDArray[np.uint8]) -> bytes:
+    """Pixels [H, W, 3] as an image that is read without a loss, and at once."""
+    return PPM % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
 
 
 def decode(data: Encoded, height: int, width: int) -> Tensor:
@@ -66,16 +103,27 @@ def decode(data: Encoded, height: int, width: int) -> Tensor:
         return torch.from_numpy(_rgb(image)).permute(2, 0, 1)
 
 
-def crop(pixels: Tensor, box: NDArray[np.float32], size: int, interpolation: str, *, reads_outside: bool) -> Tensor:
+def crop(
+    pixels: Tensor,
+    box: NDArray[np.float32],
+    size: int,
+    interpolation: str,
+    *,
+    reads_outside: bool,
+    resizes_first: bool = False,
+) -> Tensor:
     """One box (left, top, right, bottom) of uint8 [3, H, W] pixels, resized to uint8 [size, size, 3].
 
     As Pillow does it: `crop(box).resize(size)`, which never reads outside a box of whole pixels, or, with
-    `reads_outside`, `resize(size, box=box)`, which takes fractional boxes and filters across their edges.
+    `reads_outside`, `resize(size, box=box)`, which takes fractional boxes and filters across their edges. With
+    `resizes_first` too, the box is all of the image after a resize to (right, bottom): `resize(...).resize(size)`.
     """
     if reads_outside:
         image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
         resample = Image.Resampling[interpolation.upper()]
         left, top, right, bottom = map(float, box)
+        if resizes_first:
+            image = image.resize((int(right), int(bottom)), resample)
         box_in = (left, top, min(right, image.width), min(bottom, image.height))  # float32 may round past the edge
         return torch.from_numpy(np.array(image.resize((size, size), resample, box=box_in)))
     left, top, right, bottom = map(int, box)

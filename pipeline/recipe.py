@@ -46,6 +46,14 @@ class CenterCrop:
 
 
 @dataclass(frozen=True)
+class WholeImage:
+    """The short side resized to `resize` pixels, then all of it to a square, whatever its shape: VISSL's for VOC07."""
+
+    resize: int = 256
+    interpolation: str = "bilinear"
+
+
+@dataclass(frozen=True)
 class View:
     """What is done to one crop, in this order. The defaults do nothing; see `barlow_twins` for the paper's."""
 
@@ -66,7 +74,7 @@ class Recipe:
     """How an encoded image becomes views: each a square of `size` pixels."""
 
     size: int
-    crop: RandomResizedCrop | CenterCrop
+    crop: RandomResizedCrop | CenterCrop | WholeImage
     views: tuple[View, ...]
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -110,10 +118,20 @@ def center_view(size: int = 224, resize: int | None = None) -> Recipe:
     return Recipe(size, CenterCrop(resize or round(size * 256 / 224)), (View(),))
 
 
+def crop_view(size: int = 224, area: tuple[float, float] = (0.08, 1.0)) -> Recipe:
+    """The usual view to train a classifier on: one, of a random box, flipped or not."""
+    return Recipe(size, RandomResizedCrop(area, interpolation="bilinear"), (View(flip_p=0.5),))
+
+
+def whole_view(size: int = 224, resize: int | None = None) -> Recipe:
+    """The view of VOC07's pictures, of which nothing is cut off. `resize` defaults to size * 256 / 224."""
+    return Recipe(size, WholeImage(resize or round(size * 256 / 224)), (View(),))
+
+
 class ViewParams(NamedTuple):
     """One row per (view, sample): what `draw` decided. V views, B samples."""
 
-    boxes: NDArray[np.float32]  # [V, B, 4] left, top, right, bottom, in pixels of the image
+    boxes: NDArray[np.float32]  # [V, B, 4] left, top, right, bottom, in pixels; of a WholeImage, after its first resize
     flip: NDArray[np.bool_]  # [V, B]
     jitter: NDArray[np.bool_]  # [V, B]
     jitter_order: NDArray[np.int8]  # [V, B, 4] operations (BRIGHTNESS ... HUE), first to last
@@ -145,7 +163,14 @@ def draw(recipe: Recipe, seed: int, epoch: int, samples: Samples, heights: Sampl
     if isinstance(recipe.crop, RandomResizedCrop):
         boxes = _random_boxes(recipe.crop, crop_u, h, w)
     else:
-        boxes = np.broadcast_to(_center_boxes(recipe.crop.resize, recipe.size, h, w), (*u.shape[1:], 4))
+        short = np.minimum(h, w)  # torchvision's Resize makes it `resize` pixels, and truncates the long side
+        resized_h = np.where(h <= w, recipe.crop.resize, np.floor(recipe.crop.resize * h / short))
+        resized_w = np.where(w <= h, recipe.crop.resize, np.floor(recipe.crop.resize * w / short))
+        if isinstance(recipe.crop, WholeImage):
+            one_box = np.stack((0 * w, 0 * h, resized_w, resized_h), axis=-1)
+        else:
+            one_box = _center_boxes(recipe.size, h, w, resized_h, resized_w)
+        boxes = np.broadcast_to(one_box, (*u.shape[1:], 4))
 
     strength = np.stack([column(f) for f in ("brightness", "contrast", "saturation", "hue")])  # [4, V, 1]
     middle = np.array([1.0, 1.0, 1.0, 0.0])[:, None, None]
@@ -188,11 +213,8 @@ def _random_boxes(crop: RandomResizedCrop, u: NDArray[np.float64], h: Numbers, w
     return np.where(fits.any(axis=0)[:, :, None], chosen, central)
 
 
-def _center_boxes(resize: int, size: int, h: Numbers, w: Numbers) -> Numbers:
+def _center_boxes(size: int, h: Numbers, w: Numbers, resized_h: Numbers, resized_w: Numbers) -> Numbers:
     """The fractional box [1, B, 4] that Resize's truncated long side and CenterCrop's rounded corner come to."""
-    short = np.minimum(h, w)
-    resized_h = np.where(h <= w, resize, np.floor(resize * h / short))
-    resized_w = np.where(w <= h, resize, np.floor(resize * w / short))
     top, left = np.rint((resized_h - size) / 2), np.rint((resized_w - size) / 2)
     scale_y, scale_x = h / resized_h, w / resized_w
     return np.stack((left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y), axis=-1)

@@ -18,7 +18,7 @@ from PIL import Image
 from test_images import BAD, FORMATS, by_pillow, difference, png, some_box
 from torch import Tensor
 
-from pipeline import Recipe, barlow_twins, center_view, open_loader, open_store
+from pipeline import Recipe, barlow_twins, center_view, open_loader, open_store, whole_view
 from pipeline.decoders import Boxes, open_decoder
 from pipeline.images import decode
 from pipeline.order import Samples
@@ -232,6 +232,16 @@ def test_headers_with_random_damage_neither_end_the_process_nor_pass() -> None:
     )
     assert 100 < np.count_nonzero(~torchvisions) < 600
     assert np.array_equal(dalis, torchvisions)
+
+
+def test_bad_images_among_whole_ones_are_left_out() -> None:
+    images = [FORMATS["jpeg"], FORMATS["jpeg"][:90], refused_jpeg(), FORMATS["png"]]
+    boxes = np.tile(np.array([0, 0, 35, 26], np.float32), (1, 4, 1))
+    ((crops, good),) = decoder_of("dali", Memory(images), whole_view(SIZE)).stream([(np.arange(4), boxes)])
+    assert good.tolist() == [True, False, False, True]
+    for i in (0, 3):
+        expected = by_pillow(images[i]).resize((35, 26), Image.Resampling.BILINEAR)
+        assert difference(crops[0, i], expected.resize((SIZE, SIZE), Image.Resampling.BILINEAR)) <= 0.5
 
 
 @pytest.mark.parametrize("refused", [[0], [3, 17], [0, 1, 2, 8, 16, 39]], ids=str)

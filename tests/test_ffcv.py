@@ -22,7 +22,7 @@ from test_images import BAD, FORMATS, by_pillow, difference
 
 from pipeline import Store, Subset, barlow_twins, center_view, hold_out, open_loader, open_store
 from pipeline.decoders import open_decoder
-from pipeline.recipe import Recipe, draw
+from pipeline.recipe import Recipe, crop_view, draw, whole_view
 
 pytestmark = [FINALIZER, FORKS, pytest.mark.usefixtures("ffcv")]
 
@@ -60,7 +60,8 @@ def assert_as_torchvisions(store: Store, plan: list[Any], recipe: Recipe = RECIP
 
 def test_every_format_gives_pillows_crops(tmp_path: Path) -> None:
     store = beton_of(tmp_path, list(FORMATS.values()))
-    assert assert_as_torchvisions(store, drawn(store, RECIPE)).all()
+    for recipe in (RECIPE, crop_view(SIZE), whole_view(SIZE)):
+        assert assert_as_torchvisions(store, drawn(store, recipe), recipe).all()
     ((crops, good),) = decoder_of("ffcv", store, RECIPE).stream([whole_images(range(len(store)))])
     assert good.all()
     for i, (name, data) in enumerate(FORMATS.items()):

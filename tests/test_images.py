@@ -20,7 +20,7 @@ from torchvision import transforms
 from pipeline import open_store
 from pipeline.decoders import FOR_ANY_STORE
 from pipeline.images import BadImage, crop, decode, image_size
-from pipeline.recipe import barlow_twins, center_view, draw
+from pipeline.recipe import barlow_twins, center_view, crop_view, draw, whole_view
 
 Box = tuple[int, int, int, int]
 
@@ -128,6 +128,36 @@ def test_the_streamed_test_view_reads_outside_its_box(photos: Path, decoder: str
     ((crops, good),) = decoder_of(decoder, store, recipe).stream([(np.arange(60), boxes)])
     assert good.all()
     assert max(difference(crops[0, i], reference(Image.open(store.name(i)))) for i in range(60)) <= 0.5
+
+
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
+def test_the_training_view_of_classifiers_is_torchvisions_resized_crop(photos: Path, decoder: str) -> None:
+    """Bilinear and antialiased; boxes smaller and larger than the view."""
+    store, everyone = open_store(photos), np.arange(60)
+    for size in (24, 64):
+        recipe = crop_view(size)
+        boxes = draw(recipe, 5, 0, everyone, store.index["height"], store.index["width"]).boxes
+        ((crops, good),) = decoder_of(decoder, store, recipe).stream([(everyone, boxes)])
+        assert good.all()
+        for i, (left, top, right, bottom) in enumerate(boxes[0].astype(int).tolist()):
+            image = Image.open(store.name(i))
+            expected = transforms.functional.resized_crop(image, top, left, bottom - top, right - left, [size, size])
+            assert difference(crops[0, i], expected) <= 0.5
+
+
+@pytest.mark.parametrize("decoder", FOR_ANY_STORE)
+@pytest.mark.parametrize(("size", "resize"), [(32, None), (48, 32), (224, 256)])
+def test_the_view_of_whole_images_is_two_resizes_of_torchvisions(
+    photos: Path, decoder: str, size: int, resize: int | None
+) -> None:
+    store, recipe = open_store(photos), whole_view(size, resize)
+    boxes = draw(recipe, 0, 0, np.arange(60), store.index["height"], store.index["width"]).boxes
+    reference = transforms.Compose([transforms.Resize(resize or 37), transforms.Resize((size, size))])
+    ((crops, good),) = decoder_of(decoder, store, recipe).stream([(np.arange(60), boxes)])
+    assert good.all()
+    expected = [reference(Image.open(store.name(i))) for i in range(60)]
+    differences = [difference(crops[0, i], expected[i]) for i in range(60)]
+    assert max(differences) <= (0 if decoder == "torchvision" else 0.5)
 
 
 # ── pixels ───────────────────────────────────────────────────────────────────────────────────────────────────────────

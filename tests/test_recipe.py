@@ -25,7 +25,9 @@ from pipeline.recipe import (
     ViewParams,
     barlow_twins,
     center_view,
+    crop_view,
     draw,
+    whole_view,
 )
 
 LEVEL = 1e-4  # below this p-value a sample counts as drawn from another distribution; seeds are fixed
@@ -292,6 +294,23 @@ def test_the_test_view_draws_nothing() -> None:
     assert params.boxes.shape == (1, COUNT, 4)
     for name in ("flip", "jitter", "gray", "blur_sigma", "solarize"):
         assert not getattr(params, name).any(), name
+
+
+def test_the_training_view_of_classifiers_is_a_box_and_a_flip() -> None:
+    recipe = crop_view(224)
+    assert (recipe.crop, recipe.views) == (RandomResizedCrop((0.08, 1.0), (3 / 4, 4 / 3), "bilinear"), (View(0.5),))
+    params = drawn(300, 400, recipe)
+    assert stats.binomtest(int(np.count_nonzero(params.flip)), COUNT, 0.5).pvalue > LEVEL
+    for name in ("jitter", "gray", "blur_sigma", "solarize"):
+        assert not getattr(params, name).any(), name
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 375), (333, 500), (500, 353), (9, 500), (256, 256), (1, 1)])
+def test_the_box_of_a_whole_image_is_its_size_after_torchvisions_resize(size: tuple[int, int]) -> None:
+    height, width = transforms.Resize(256)(torch.zeros(1, *size)).shape[1:]
+    one = draw(whole_view(224), 0, 0, np.array([7]), np.array([size[0]]), np.array([size[1]]))
+    assert one.boxes[0, 0].tolist() == [0, 0, width, height]
+    assert not one.flip.any()
 
 
 def test_impossible_recipes_are_refused_with_the_value() -> None:

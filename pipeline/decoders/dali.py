@@ -21,10 +21,10 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from ..images import PPM, BadImage, decode
+from ..images import PPM, BadImage, as_ppm, decode
 from ..machine import single_threaded_workers
 from ..order import Samples
-from ..recipe import CenterCrop, Recipe
+from ..recipe import RandomResizedCrop, Recipe, WholeImage
 from ..stores import Store
 from . import Boxes, Crops
 
@@ -59,7 +59,8 @@ class DaliDecoder:
     ) -> None:
         self.store, self.recipe, self.threads, self.why = store, recipe, threads, why
         self.device, self.hw_decoder_load = device, hw_decoder_load
-        self.reads_outside = isinstance(recipe.crop, CenterCrop)  # see `images.crop`
+        self.reads_outside = not isinstance(recipe.crop, RandomResizedCrop)  # see `images.crop`
+        self.resizes_first = isinstance(recipe.crop, WholeImage)
 
     def stream(self, plan: Iterable[tuple[Samples, Boxes]]) -> Generator[Crops, None, None]:
         pool = single_threaded_workers(self.threads, "read")
@@ -106,7 +107,10 @@ class DaliDecoder:
             views = []
             for view in range(len(self.recipe.views)):
                 start, end = boxes[view, :2], boxes[view, 2:]
-                if self.reads_outside:
+                if self.resizes_first:
+                    resized = fn.resize(images, size=end, interp_type=kind)
+                    views.append(fn.resize(resized, size=size, interp_type=kind))
+                elif self.reads_outside:
                     views.append(fn.resize(images, size=size, interp_type=kind, roi_start=start, roi_end=end))
                 else:
                     inside = fn.slice(images, start=start, end=end, axes=(0, 1))
@@ -166,7 +170,7 @@ def _pixels(data: bytes, row: Any) -> bytes | None:
         pixels = decode(data, int(row["height"]), int(row["width"]))  # [3, H, W]
     except BadImage:
         return None
-    return PPM % (pixels.shape[2], pixels.shape[1]) + pixels.permute(1, 2, 0).numpy().tobytes()
+    return as_ppm(pixels.permute(1, 2, 0).numpy())
 
 
 def is_ordinary(data: bytes, row: Any) -> bool:

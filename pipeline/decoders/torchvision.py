@@ -13,7 +13,7 @@ from torch import Tensor
 from ..images import BadImage, Encoded, crop, decode
 from ..machine import Reservoir, single_threaded_workers
 from ..order import Samples
-from ..recipe import CenterCrop, Recipe
+from ..recipe import RandomResizedCrop, Recipe, WholeImage
 from ..stores import Store
 from . import Boxes, Crops
 
@@ -29,7 +29,8 @@ class TorchvisionDecoder:
     def __init__(self, store: Store, recipe: Recipe, threads: int, why: str = "as asked") -> None:
         self.store, self.size, self.threads, self.why = store, recipe.size, threads, why
         self.interpolation = recipe.crop.interpolation
-        self.reads_outside = isinstance(recipe.crop, CenterCrop)  # a box inside an image resized as a whole
+        self.reads_outside = not isinstance(recipe.crop, RandomResizedCrop)  # a box inside an image resized as a whole
+        self.resizes_first = isinstance(recipe.crop, WholeImage)
 
     def stream(self, plan: Iterable[tuple[Samples, Boxes]]) -> Generator[Crops, None, None]:
         batches: deque[tuple[Tensor, list[Future[list[bool]]]]] = deque()
@@ -56,7 +57,14 @@ class TorchvisionDecoder:
                 good.append(False)
                 continue
             for view, box in enumerate(boxes[:, i]):
-                crops[view, i] = crop(pixels, box, self.size, self.interpolation, reads_outside=self.reads_outside)
+                crops[view, i] = crop(
+                    pixels,
+                    box,
+                    self.size,
+                    self.interpolation,
+                    reads_outside=self.reads_outside,
+                    resizes_first=self.resizes_first,
+                )
             good.append(True)
         return good
 

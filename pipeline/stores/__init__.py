@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..images import BadImage, image_size
 from ..order import Samples
 from ..philox import philox
 
@@ -36,6 +37,33 @@ class Store(Protocol):
 
     def name(self, sample: int) -> str:
         """What a person would look for to find this sample: a path, or a file and a position in it."""
+
+
+class MemoryStore:
+    """Encoded images in memory, without labels; `names` (default: their positions) are what a person calls them.
+
+    `BadImage` with the name of one that has no size.
+    """
+
+    def __init__(self, images: Sequence[bytes], names: Sequence[str] | None = None) -> None:
+        self.images, self.names = list(images), list(names or (f"image {i}" for i in range(len(images))))
+        self.classes: list[str] = []
+        self.rejects: dict[str, str] = {}
+        self.index = np.full(len(images), -1, dtype=[("label", "i4"), ("height", "i4"), ("width", "i4")])
+        for row, data, name in zip(self.index, self.images, self.names, strict=True):
+            try:
+                row["height"], row["width"] = image_size(data)
+            except BadImage as error:
+                raise BadImage(f"{name}: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read_batch(self, samples: Samples) -> list[bytes]:
+        return [self.images[sample] for sample in samples]
+
+    def name(self, sample: int) -> str:
+        return self.names[sample]
 
 
 class Subset:
@@ -74,6 +102,54 @@ def hold_out(store: Store, fraction: float, seed: int) -> tuple[Subset, Subset]:
 def at_most(count: int, store: Store, seed: int = 0) -> Store:
     """`store`, or `count` of its samples at random."""
     return store if len(store) <= count else Subset(store, np.sort(shuffled(len(store), seed)[:count]))
+
+
+def balanced(store: Store, fraction: float, seed: int = 0) -> Subset:
+    """A fraction of each class, at least one image, chosen by `seed` alone; a larger fraction holds a smaller one.
+
+    ValueError where there are no labels, or for a fraction outside (0, 1].
+    """
+    _check_labels(store)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"a fraction of {fraction:g} of the labels: it must be above 0 and at most 1")
+    order = shuffled(len(store), seed)
+    order = order[np.argsort(store.index["label"][order], kind="stable")]  # by class, within it at random
+    labels, firsts, counts = np.unique(store.index["label"][order], return_index=True, return_counts=True)
+    taken = [
+        order[first : first + max(1, round(fraction * int(count)))]
+        for label, first, count in zip(labels, firsts, counts, strict=True)
+        if label >= 0
+    ]
+    return Subset(store, np.sort(np.concatenate(taken)))
+
+
+def with_classes(store: Store, classes: Sequence[str]) -> Subset:
+    """`store` with the labels that its classes have, by name, among `classes`, of which it may lack some.
+
+    ValueError where it has no labels, or images of a class that is not among `classes`.
+    """
+    _check_labels(store)
+    numbers, labels = {name: i for i, name in enumerate(classes)}, store.index["label"]
+    unknown = [int(label) for label in np.unique(labels[labels >= 0]) if store.classes[label] not in numbers]
+    if unknown:
+        example = store.name(int(np.argmax(labels == unknown[0])))
+        names = few([store.classes[label] for label in unknown])
+        raise ValueError(f"{example}: the training data have no class {names}: take data whose classes they have")
+    renumbered = Subset(store, np.arange(len(store), dtype=np.int64))
+    renumbered.classes = list(classes)
+    renumbered.index["label"] = np.array([*(numbers.get(name, -1) for name in store.classes), -1])[labels]
+    return renumbered
+
+
+def _check_labels(store: Store) -> None:
+    if (store.index["label"] < 0).all():
+        example = store.name(0) if len(store) else "a part without images"
+        raise ValueError(f"labels are needed, but {example} has none: put the images into a sub-folder for each class")
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three of them, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def shuffled(n: int, seed: int) -> Samples:

@@ -180,7 +180,12 @@ def demo_folder(cache: Path, progress: Callable[[int, int], None] = lambda done,
     called from the calling thread. Of several processes that call this at once, the first to finish wins.
     Raises OSError where `cache` cannot be written or a worker dies.
     """
-    folder = cache / f"demo-{VERSION}"
+    return drawn_once(cache / f"demo-{VERSION}", lambda folder: _draw_all(folder, progress))
+
+
+def drawn_once(folder: Path, draw_all: Callable[[Path], None]) -> Path:
+    """`folder`, which is filled by `draw_all` aside, and so is whole or not there."""
+    cache = folder.parent
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
@@ -189,7 +194,7 @@ def demo_folder(cache: Path, progress: Callable[[int, int], None] = lambda done,
             shutil.rmtree(leftover, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
     try:
-        _draw_all(aside, progress)
+        draw_all(aside)
         aside.chmod(0o755)  # mkdtemp makes it private
         try:
             os.replace(aside, folder)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..images import SUFFIXES, BadImage, image_size
 from ..order import Samples
-from . import Progress, cache_folder, join_names, split_names
+from . import Progress, Store, Subset, cache_folder, few, join_names, split_names
 
 _INDEX = np.dtype([("label", "i4"), ("height", "i4"), ("width", "i4"), ("bytes", "i8"), ("modified_ns", "i8")])
 _PROBES = 512  # files handed to the threads at a time: a million at once would take gigabytes of bookkeeping
@@ -73,6 +73,37 @@ class FolderStore:
         except OSError as error:
             check_folders(self.root, path, error)
             return b""
+
+
+def listed(store: Store, path: Path) -> Subset:
+    """The samples that a list names, one a line: `n01440764_123.JPEG` as SimCLR's, or by the path in the folder.
+
+    ValueError for names that are not there or could be several images, and for a store that is no folder.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}. Name a list of images, one a line") from None
+    names = {os.fsdecode(line.strip()).replace("/", os.sep): None for line in text.splitlines() if line.strip()}
+    positions, folder = np.arange(len(store), dtype=np.int64), store
+    while isinstance(folder, Subset):
+        positions, folder = folder.samples[positions], folder.store
+    if not isinstance(folder, FolderStore):
+        raise ValueError(f"{path} names files, which {store.name(0)} has not kept: name the folder, or give a fraction")
+    samples: dict[str, int] = {}
+    several: set[str] = set()
+    for sample, position in enumerate(positions):
+        own = folder.paths[position]
+        several |= {name for name in {own, os.path.basename(own)} if samples.setdefault(name, sample) != sample}
+    for wrong, what in (
+        ([name for name in names if name not in samples], f"are not in {folder.root}"),
+        ([name for name in names if name in several], "are several images there, and want their paths"),
+    ):
+        if wrong:
+            raise ValueError(f"{path}: {len(wrong)} of its {len(names)} names {what}: {few(wrong)}")
+    if not names:
+        raise ValueError(f"{path} names no image: it should hold a name a line")
+    return Subset(store, np.unique([samples[name] for name in names]))
 
 
 def check_kind(about: os.stat_result) -> None:
