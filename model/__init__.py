@@ -28,6 +28,7 @@ from .features import (
     feature_uniformity,
     pixel_feature,
 )
+from .heads import Tuning, accuracies, train_heads
 from .health import Collapse, correlation_corner, correlation_steps, feature_readings, readings, save_correlation
 from .knn import knn_accuracies, knn_accuracy, knn_votes, neighbours, online_accuracies, probe_accuracy
 from .lars import LARS, parameter_groups
@@ -47,7 +48,9 @@ __all__ = [
     "LastStep",
     "LossParts",
     "Ranks",
+    "Tuning",
     "Twins",
+    "accuracies",
     "barlow_loss",
     "build_backbone",
     "choose_compilation",
@@ -82,5 +85,6 @@ __all__ = [
     "run_on",
     "save_checkpoint",
     "save_correlation",
+    "train_heads",
     "write_atomically",
 ]
