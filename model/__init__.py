@@ -1,4 +1,4 @@
-"""Views -> loss -> update: the network, the two forms of the Barlow Twins loss, LARS, its schedule, checkpoints."""
+"""Views -> loss -> update: the network, its loss, LARS and checkpoints; and what the features are then worth."""
 
 from .backbone import BACKBONES, build_backbone
 from .barlow_twins import BarlowTwins, Twins
@@ -19,8 +19,18 @@ from .engine import (
     reset_peak_memory,
     run_on,
 )
+from .features import (
+    Batches,
+    colour_feature,
+    effective_rank,
+    extract,
+    feature_alignment,
+    feature_uniformity,
+    pixel_feature,
+)
+from .heads import Tuning, accuracies, train_heads
 from .health import Collapse, correlation_corner, correlation_steps, feature_readings, readings, save_correlation
-from .knn import colour_feature, knn_accuracies, knn_accuracy, online_accuracies, pixel_feature, probe_accuracy
+from .knn import knn_accuracies, knn_accuracy, knn_votes, neighbours, online_accuracies, probe_accuracy
 from .lars import LARS, parameter_groups
 from .last_step import LastStep
 from .layouts import export_backbone
@@ -33,13 +43,16 @@ __all__ = [
     "BACKBONES",
     "LARS",
     "BarlowTwins",
+    "Batches",
     "Checkpoints",
     "Collapse",
     "LastStep",
     "LossParts",
     "Ranks",
     "SvmResult",
+    "Tuning",
     "Twins",
+    "accuracies",
     "average_precision",
     "barlow_loss",
     "build_backbone",
@@ -49,14 +62,20 @@ __all__ = [
     "configuration_changes",
     "correlation_corner",
     "correlation_steps",
+    "effective_rank",
     "export_backbone",
+    "extract",
+    "feature_alignment",
     "feature_readings",
+    "feature_uniformity",
     "knn_accuracies",
     "knn_accuracy",
+    "knn_votes",
     "largest_batch",
     "learning_rate_factor",
     "load_checkpoint",
     "load_states",
+    "neighbours",
     "normalize",
     "online_accuracies",
     "parameter_groups",
@@ -70,5 +89,6 @@ __all__ = [
     "save_checkpoint",
     "save_correlation",
     "svm_map",
+    "train_heads",
     "write_atomically",
 ]

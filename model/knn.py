@@ -1,52 +1,59 @@
-"""What frozen features are worth: k nearest neighbours, and a linear classifier."""
+"""What frozen features are worth: k nearest neighbours, and a linear classifier that is fitted to them at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Views = tuple[Tensor, ...]
+from .features import Batches, extract, right
+
+_MOST_BYTES = 1 << 29  # of similarities at a time; finding the highest of them takes as much again
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # in evaluation mode a network that trains compiled would be compiled anew
-def extract(
-    batches: Iterable[tuple[Views, Tensor, Tensor]], features: dict[str, Callable[[Tensor], Tensor]]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Each feature of every image, [n, F] float32, and the labels [n], on the device of the batches, in one pass.
+def neighbours(bank: Tensor, queries: Tensor, k: int = 20) -> tuple[Tensor, Tensor]:
+    """The k most similar (cosine) rows of bank [n, F] to each of queries [m, F], the most similar first.
 
-    `features` are functions of a view [B, 3, S, S]; a network among them is to be in evaluation mode.
+    Their similarities [m, k] and their positions in the bank [m, k], int64; all of it where k is above n.
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in features}
-    labels = []
-    for (view, *_), label, _ in batches:
-        for name, feature in features.items():
-            found[name].append(feature(view).float().flatten(1))
-        labels.append(label)
-    if not labels:
-        return {name: torch.empty(0, 0) for name in features}, torch.empty(0, dtype=torch.int64)
-    return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(labels)
+    queries, k = F.normalize(queries), min(k, len(bank))
+    lengths = bank.norm(dim=1).clamp(min=1e-12)  # the products are divided, not the bank: a copy would be as large
+    similarity = queries.new_empty(len(queries), k)
+    position = torch.empty_like(similarity, dtype=torch.int64)
+    rows = max(1, _MOST_BYTES // (len(bank) * bank.element_size()))
+    for first in range(0, len(queries), rows):
+        part = slice(first, first + rows)
+        torch.topk((queries[part] @ bank.T).div_(lengths), k, out=(similarity[part], position[part]))
+    return similarity, position
+
+
+def knn_votes(similarity: Tensor, labels: Tensor, classes: int, temperature: float = 0.07) -> Tensor:
+    """The share of each class in a vote, [m, classes]: of neighbours with similarity [m, k] and labels [m, k].
+
+    A neighbour votes with exp(similarity / temperature), as in Wu et al. 2018 and DINO's evaluation.
+    """
+    assert int(labels.min()) >= 0
+    weight = (similarity / temperature).softmax(1)
+    return weight.new_zeros(len(weight), classes).scatter_add_(1, labels, weight)
 
 
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07
-) -> float:
-    """Top-1 accuracy in percent of a vote among the k most similar (cosine) of bank [n, F] for each of queries [m, F].
-
-    A neighbour votes with exp(similarity / temperature), as in Wu et al. 2018 and DINO's evaluation.
-    """
-    bank, queries = F.normalize(bank), F.normalize(queries)
+) -> dict[str, float]:
+    """`top1` and `top5` in percent of that vote among bank [n, F], labelled [n], for queries [m, F], labelled [m]."""
     classes = int(bank_labels.max()) + 1
-    right = 0
-    for query, label in zip(queries.split(1024), labels.split(1024), strict=True):
-        similarity, nearest = (query @ bank.T).topk(min(k, len(bank)))  # [1024, k]
-        weight = ((similarity - 1) / temperature).exp()
-        votes = weight.new_zeros(len(query), classes).scatter_add_(1, bank_labels[nearest], weight)
-        right += int((votes.argmax(1) == label).sum())
-    return 100 * right / len(queries)
+    similarity, position = neighbours(bank, queries, k)
+    found = torch.zeros(2, dtype=torch.int64, device=bank.device)
+    for similar, nearest, label in zip(similarity.split(4096), position.split(4096), labels.split(4096), strict=True):
+        voters = bank_labels[nearest]
+        votes = knn_votes(similar, voters, classes, temperature)
+        named = (voters == label[:, None]).any(1)  # without this, the first of five could be classes without a vote
+        found += right(votes[named], label[named])
+    top1, top5 = found.tolist()
+    return {"top1": 100 * top1 / len(queries), "top5": 100 * top5 / len(queries)}
 
 
 def probe_accuracy(
@@ -76,8 +83,8 @@ def probe_accuracy(
 
 
 def knn_accuracies(
-    bank: Iterable[tuple[Views, Tensor, Tensor]],
-    queries: Iterable[tuple[Views, Tensor, Tensor]],
+    bank: Batches,
+    queries: Batches,
     features: dict[str, Callable[[Tensor], Tensor]],
 ) -> dict[str, float]:
     """The kNN accuracy of each feature, in percent, from batches of labelled images; each image is decoded once.
@@ -89,13 +96,14 @@ def knn_accuracies(
     if not len(bank_labels) or not len(labels):
         return {}
     return {
-        name: knn_accuracy(bank_features.pop(name), bank_labels, query_features.pop(name), labels) for name in features
+        name: knn_accuracy(bank_features.pop(name), bank_labels, query_features.pop(name), labels)["top1"]
+        for name in features
     }
 
 
 def online_accuracies(
-    bank: Iterable[tuple[Views, Tensor, Tensor]],
-    queries: Iterable[tuple[Views, Tensor, Tensor]],
+    bank: Batches,
+    queries: Batches,
     feature: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
     """`knn_top1` and `probe_top1` of one feature, in percent, as `knn_accuracies`: to be followed during training."""
@@ -104,21 +112,4 @@ def online_accuracies(
     if not len(bank_labels) or not len(labels):
         return {}
     found = bank_features[""], bank_labels, query_features[""], labels
-    return {"knn_top1": knn_accuracy(*found), "probe_top1": probe_accuracy(*found)}
-
-
-def colour_feature(view: Tensor, bins: int = 6) -> Tensor:
-    """Square roots of a joint colour histogram, [B, bins^3], of a normalised view [B, 3, S, S].
-
-    Their cosine is the Bhattacharyya coefficient of the histograms. The bins span what ImageNet's mean and deviation
-    make of black and white: -2.2 to 2.7.
-    """
-    level = ((view + 2.2) / 4.9 * bins).long().clamp_(0, bins - 1)  # [B, 3, S, S]
-    colour = ((level[:, 0] * bins + level[:, 1]) * bins + level[:, 2]).flatten(1)  # [B, S S]
-    counts = view.new_zeros(len(view), bins**3).scatter_add_(1, colour, torch.ones_like(colour, dtype=view.dtype))
-    return (counts / colour.shape[1]).sqrt()
-
-
-def pixel_feature(view: Tensor) -> Tensor:
-    """The normalised pixels, [B, 3 S S], of views above 48 pixels averaged down to those: 50,000 of 224 fill 30 GB."""
-    return F.adaptive_avg_pool2d(view, min(48, view.shape[-1])).flatten(1)
+    return {"knn_top1": knn_accuracy(*found)["top1"], "probe_top1": probe_accuracy(*found)}

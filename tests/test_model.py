@@ -1,4 +1,4 @@
-"""The network, its optimizer and schedule, kNN and export, each beside torchvision, numpy or a short derivation."""
+"""The network, its optimizer and schedule, and export, each beside torchvision, numpy or a short derivation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import itertools
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -22,14 +21,10 @@ from model import (
     build_backbone,
     choose_compilation,
     choose_precision,
-    colour_feature,
     export_backbone,
-    knn_accuracies,
-    knn_accuracy,
     learning_rate_factor,
     normalize,
     parameter_groups,
-    pixel_feature,
 )
 from model.batch_norm import BatchNorm1d, BatchNorm2d
 
@@ -277,59 +272,6 @@ def test_schedule_warms_up_to_its_peak_and_falls_to_its_end() -> None:
 def test_schedule_without_warm_up_starts_at_its_peak_and_a_short_run_stays_in_warm_up() -> None:
     assert learning_rate_factor(0, 5, 0, start=0.5) == 1
     assert [learning_rate_factor(step, 2, 4) for step in range(2)] == [0, 0.25]
-
-
-# ── kNN ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def brute_force(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, truth: np.ndarray, k: int) -> float:
-    right = 0
-    for query, label in zip(queries, truth, strict=True):
-        similarity = bank @ query / np.linalg.norm(bank, axis=1) / np.linalg.norm(query)
-        votes = dict.fromkeys(labels.tolist(), 0.0)
-        for i in np.argsort(-similarity)[:k]:
-            votes[int(labels[i])] += math.exp(similarity[i] / 0.07)
-        right += max(votes, key=lambda name: votes[name]) == label
-    return 100 * right / len(queries)
-
-
-@pytest.mark.parametrize(("k", "spread"), [(20, 1.5), (1, 1.5), (20, 0.05), (500, 1.5)])
-def test_knn_is_a_vote_of_the_most_similar(k: int, spread: float) -> None:
-    """More queries than one chunk; k above the size of the bank means all of it."""
-    rng = np.random.default_rng(0)
-    labels, truth = rng.integers(0, 7, 200), rng.integers(0, 7, 1100)
-    centres = 1 + rng.normal(0, 1, (7, 5))
-    bank, queries = (spread * rng.normal(0, 1, (len(x), 5)) + centres[x] for x in (labels, truth))
-    queries *= rng.uniform(0.1, 10, (1100, 1))  # lengths do not count
-    expected = brute_force(bank, labels, queries, truth, k)
-    ours = knn_accuracy(*(torch.from_numpy(x) for x in (bank, labels, queries, truth)), k=k)
-    assert ours == pytest.approx(expected, abs=1e-9)
-    assert 20 < expected <= 100
-
-
-def test_knn_scores_each_feature_of_batches_in_one_pass() -> None:
-    generator = torch.Generator().manual_seed(0)
-    batches = [((torch.randn(4, 3, 6, 6, generator=generator),), torch.arange(4) % 2, torch.arange(4))] * 3
-    features = {"pixels": pixel_feature, "none": lambda view: torch.ones(len(view), 1)}
-    scores = knn_accuracies(iter(batches), iter(batches), features)
-    assert list(scores) == ["pixels", "none"]
-    assert scores["pixels"] == 100, "each query is in the bank"
-    assert scores["none"] == 50
-
-
-def test_colour_feature_is_the_square_root_of_a_colour_histogram() -> None:
-    view = torch.from_numpy(np.random.default_rng(0).uniform(-2.2, 2.7, (2, 3, 16, 16)))
-    for image, feature in zip(view.numpy(), colour_feature(view).numpy(), strict=True):
-        counts, _ = np.histogramdd(image.reshape(3, -1).T, bins=6, range=[(-2.2, 2.7)] * 3)
-        np.testing.assert_allclose(feature, np.sqrt(counts.ravel() / 256), rtol=1e-12)
-
-
-def test_colour_feature_counts_black_white_and_what_lies_beyond() -> None:
-    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    black, white = ((torch.full((3, 4, 4), x) - mean) / std for x in (0.0, 1.0))
-    feature = colour_feature(torch.stack((black, white, black - 9, white + 9)))
-    assert feature.nonzero().tolist() == [[0, 0], [1, 215], [2, 0], [3, 215]]
-    assert feature.norm(dim=1).tolist() == [1, 1, 1, 1]
 
 
 # ── export ───────────────────────────────────────────────────────────────────────────────────────────────────────────
