@@ -28,8 +28,9 @@ class Backbone(ResNet):
     def __init__(self, name: str, width: int = 64, small_stem: bool = False) -> None:
         block, layers = BACKBONES[name]
         # Blocks are made by the method below, in the width that the first of the four stages has here.
-        self._width = width
+        self.width = width
         super().__init__(block, layers, zero_init_residual=True, norm_layer=BatchNorm2d)
+        self.name = name
         self.out_features = 8 * width * block.expansion
         self.fc = nn.Identity()
         if small_stem or width != 64:
@@ -42,8 +43,8 @@ class Backbone(ResNet):
 
     def _make_layer(self, block: type[BasicBlock | Bottleneck], planes: int, *rest: int, **named: int) -> nn.Sequential:
         if planes == 64:
-            self.inplanes = self._width
-        return _Stage(*super()._make_layer(block, planes * self._width // 64, *rest, **named))
+            self.inplanes = self.width
+        return _Stage(*super()._make_layer(block, planes * self.width // 64, *rest, **named))
 
     def recompute_activations(self) -> None:
         """From now on, keep a residual block's input alone for the backward pass, which computes the rest again."""
