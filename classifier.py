@@ -48,11 +48,11 @@ class Classifier:
         self._bank: Tensor | None = None
         if self._head and not neighbours:
             return
-        if train is None and subject.config.checkpoint == DEMO_RUN:
+        if train is None and subject.checkpoint == DEMO_RUN:
             train = find_demo(subject.log)[0]
         if train is None:
             raise ValueError(
-                f"{subject.config.checkpoint} has no classifier: name images with labels that vote, with --train, or "
+                f"{subject.checkpoint} has no classifier: name images with labels that vote, with --train, or "
                 "train one, with evaluate.py linear"
             )
         self._store = pipeline.at_most(_BANK, open_store(pipeline.find_splits(train)[0], subject.log))
@@ -84,12 +84,13 @@ class Classifier:
         explained = []
         for first in range(0, len(images), _TOGETHER):
             part = images[first : first + _TOGETHER]
-            store = pipeline.MemoryStore([pipeline.encoded(image) for image in part])
+            names = [str(image) if isinstance(image, str | Path) else "the image" for image in part]
+            store = pipeline.MemoryStore([pipeline.encoded(image) for image in part], names)
             view = pipeline.center_view(self._subject.size)
             loader = self._subject.open_loader(store, view, _TOGETHER, decoder="torchvision")  # DALI starts slowly
             found, _ = model.extract(loader.epoch(0), {"": self._subject.backbone})
             for sample, reason in loader.bad.items():
-                raise ValueError(f"{_called(part[sample])}: {reason}")
+                raise ValueError(f"{names[sample]}: {reason}")
             if self._bank is not None:
                 similarity, nearest = model.neighbours(self._bank, found[""], max(self._k, neighbours))
             if self._head:
@@ -138,8 +139,4 @@ def load_classifier(
     network = Network(Path(checkpoint), size=size, device=device)
     log = RunLog()
     log.console.quiet = True
-    return Classifier(Subject(network, log), train and Path(train), k=k, temperature=temperature)
-
-
-def _called(image: Picture) -> str:
-    return str(image) if isinstance(image, str | Path) else "the image"
+    return Classifier(Subject(network, log), None if train is None else Path(train), k=k, temperature=temperature)

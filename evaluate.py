@@ -19,6 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Column, Table
+from rich.text import Text
+
 import protocols
 import runlog
 from classifier import NEIGHBOURS, Classifier, load_classifier
@@ -142,14 +145,17 @@ def svm(job: Svm, log: RunLog) -> int:
     if (root := job.voc07) is None:
         with log.bar("drawing a development kit, once") as bar:
             root = pipeline.demo_devkit(pipeline.cache_folder(), find_demo(log)[0].parent, bar)
-    features, stores = [], {}
+    stores: dict[str, Store] = {}
+    seen = {}
     for split in ("trainval", "test"):
         stores[split], targets, classes = pipeline.open_voc(root, split)
-        found, _, samples = subject.features(stores[split], f"features of {split}", pipeline.whole_view(subject.size))
-        features += [found.cpu(), targets[samples.numpy()]]
+        features, _, samples = subject.features(
+            stores[split], f"features of {split}", pipeline.whole_view(subject.size)
+        )
+        seen[split] = features, targets[samples.numpy()]
     with log.bar("support vector machines") as bar:
         jobs = job.threads or pipeline.usable_cores()
-        fitted = model.svm_map(*features, classes, jobs=jobs, progress=bar)
+        fitted = model.svm_map(*seen["trainval"], *seen["test"], classes, jobs=jobs, progress=bar)
     each = {
         name: {"average_precision": precision, "C": cost}
         for name, precision, cost in zip(classes, fitted.average_precisions, fitted.costs, strict=True)
@@ -177,12 +183,14 @@ def predict(job: Predict, log: RunLog) -> int:
         both = zip(pictures, found, strict=True)
         print(json.dumps([{"image": str(path)} | values for path, values in both], indent=2))
         return 0
-    log.say(f"by {classifier.how}:")
+    table = Table(Column("image", overflow="fold"), "class", "score", box=None, pad_edge=False, header_style="")
     for path, values in zip(pictures, found, strict=True):
-        said = {printable(str(path)): f"{values['pred_class']}  {values['pred_score']:.3f}"}
+        table.add_row(Text(printable(str(path))), Text(values["pred_class"]), f"{values['pred_score']:.3f}")
         for near in values.get("neighbours", ()):
-            said[f"  {printable(near['image'])}"] = f"{near['pred_class']}  {near['similarity']:.3f}"
-        log.table(said)
+            name = Text(f"  like {printable(near['image'])}")
+            table.add_row(name, Text(near["pred_class"] or ""), f"{near['similarity']:.3f}")
+    log.say(f"by {classifier.how}:")
+    log.console.print(table)
     return 0
 
 

@@ -165,7 +165,7 @@ class Linear:
     def protocol(self) -> tuple[str, LinearProtocol]:
         """The name of the preset, and what the command line has made of it."""
         name = self.preset or ("imagenet" if self.images.train else "demo")
-        given = {"epochs": self.epochs, "milestones": self.milestones}
+        given: dict[str, Any] = {"epochs": self.epochs, "milestones": self.milestones}
         protocol = LINEAR[name]._replace(**{field: value for field, value in given.items() if value is not None})
         return name, protocol
 
@@ -295,7 +295,7 @@ def check(job: Job) -> None:
         wrong |= {name: (rate, 0 < rate < float("inf"), "finite and above 0") for name, rate in rates.items()}
     if not isinstance(job, Compare):
         size, threads = job.network.size, getattr(getattr(job, "images", job), "threads", None)
-        wrong["--size"] = (size, (size or 1) >= 1, "at least 1 pixel")
+        wrong["--size"] = (size, size is None or size >= 1, "at least 1 pixel")
         wrong["--threads"] = (threads, threads is None or threads >= 1, "at least 1")
     for option, (value, good, bound) in wrong.items():
         if not good:
@@ -305,11 +305,12 @@ def check(job: Job) -> None:
 def parse(arguments: Sequence[str] | None = None) -> Job:
     """What the command line asks for."""
     kinds = (Knn, Linear, Semisup, Svm, Predict, Export, Compare)
-    jobs = tuple(Annotated[kind, subcommand(kind.__name__.lower())] for kind in kinds)
-    return tyro.cli(
-        Union[jobs],  # type: ignore[arg-type]  # noqa: UP007
+    jobs: Any = Union[tuple(Annotated[kind, subcommand(kind.__name__.lower())] for kind in kinds)]  # noqa: UP007
+    job: Job = tyro.cli(
+        jobs,
         args=sys.argv[1:] if arguments is None else arguments,
         prog="evaluate.py",
         description="What pretrained weights are worth, and what they say about an image.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    return job

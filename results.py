@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline import Store
     from subject import Subject
 
-_PRETRAINED = "the last test of its pretraining"
+_PRETRAINED = "pretraining's end"
 
 
 def record(
@@ -47,7 +47,7 @@ def record(
         "differs": differences(setup, published),
         **details,
         **subject.about(stores),
-        "configuration": asdict(job),  # type: ignore[call-overload]  # of whichever kind
+        "configuration": asdict(job),
         "environment": environment([subject.device_name]),
     }
     path = subject.folder / f"{name}.json"
