@@ -104,13 +104,7 @@ def decode(data: Encoded, height: int, width: int) -> Tensor:
 
 
 def crop(
-    pixels: Tensor,
-    box: NDArray[np.float32],
-    size: int,
-    interpolation: str,
-    *,
-    reads_outside: bool,
-    resizes_first: bool = False,
+    pixels: Tensor, box: NDArray[np.float32], size: int, interpolation: str, *, reads_outside: bool, resizes_first: bool
 ) -> Tensor:
     """One box (left, top, right, bottom) of uint8 [3, H, W] pixels, resized to uint8 [size, size, 3].
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import VOCDetection
 
+from pipeline import demo_devkit, open_voc
 from pipeline.stores.demo import CLASSES, VERSION, demo_folder, draw
+from pipeline.stores.voc import SPLITS
 
 ROOT = Path(__file__).parent.parent
 BASELINES = ("knn_top1_untrained", "knn_top1_pixels", "knn_top1_colour")
@@ -84,6 +90,85 @@ def test_whoever_draws_first_wins(tmp_path: Path) -> None:
     assert demo_folder(tmp_path, overtaken) == theirs
     assert list(tmp_path.iterdir()) == [theirs]
     assert list(theirs.iterdir()) == [theirs / "train"]
+
+
+# ── pictures of several objects ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def devkit(cache: Path) -> Path:
+    return demo_devkit(cache, demo_folder(cache))
+
+
+def where(item: dict[str, Any]) -> tuple[slice, slice]:
+    box = {side: int(at) for side, at in item["bndbox"].items()}
+    return slice(box["ymin"] - 1, box["ymax"]), slice(box["xmin"] - 1, box["xmax"])
+
+
+def test_the_devkit_is_torchvisions(devkit: Path) -> None:
+    """Its reader finds the pictures, the classes and the boxes that ours finds and that are in the pictures."""
+    for split in SPLITS:
+        store, targets, classes = open_voc(devkit, split)
+        theirs = VOCDetection(str(devkit), year="2007", image_set=split)
+        assert len(store) == len(theirs) == len(targets) == 300
+        assert len(classes) == 10
+        counts = (targets == 1).sum(axis=0), (targets == 0).sum(axis=0)
+        assert counts[0].min() > 30
+        assert counts[1].min() > 2
+        for i in range(0, 300, 7):
+            image, about = theirs[i]
+            objects: list[Any] = about["annotation"]["object"]
+            own = {name: int(target) for name, target in zip(classes, targets[i], strict=True) if target >= 0}
+            easy = {item["name"] for item in objects if item["difficult"] == "0"}
+            assert own == {item["name"]: int(item["name"] in easy) for item in objects}
+            assert (image.height, image.width) == (store.index["height"][i], store.index["width"][i])
+            assert theirs.images[i] == store.name(i)
+            rest = np.asarray(image.convert("L"), dtype=float).copy()
+            for item in objects:
+                inside = where(item)
+                assert rest[inside].std() > 20, "a pattern, where the box is, and no other object"
+                rest[inside] = np.nan
+            assert np.nanstd(rest) < 8, "grey, and what JPEG makes of edges, where none is"
+
+
+def test_the_pictures_of_the_devkit_show_images_of_their_split_each_once(devkit: Path, cache: Path) -> None:
+    for split, source in zip(SPLITS, ("train", "test"), strict=True):
+        paths = sorted((demo_folder(cache) / source).rglob("*.jpg"))
+        images = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+        theirs, used = VOCDetection(str(devkit), year="2007", image_set=split), []
+        for i in range(0, 300, 50):
+            picture, about = theirs[i]
+            for item in about["annotation"]["object"]:
+                if item["difficult"] == "0":
+                    shown = np.asarray(picture, dtype=int)[where(item)]
+                    same = [k for k, one in enumerate(images) if one.shape == shown.shape]
+                    same = [k for k in same if abs(images[k] - shown).mean() < 12]
+                    assert [paths[k].parent.name for k in same] == [item["name"]]
+                    used += same
+        assert len(used) == len(set(used)) > 5
+
+
+def test_the_devkit_is_drawn_once_whole_and_the_same(devkit: Path, cache: Path, tmp_path: Path) -> None:
+    demo, said = demo_folder(cache), list[tuple[int, int]]()
+    again = demo_devkit(tmp_path, demo, lambda done, total: said.append((done, total)))
+    assert said == [(i + 1, 600) for i in range(600)]
+    files = sorted(path.relative_to(devkit) for path in devkit.rglob("*") if path.is_file())
+    assert len(files) == 600 + 600 + 2
+    assert all((again / file).read_bytes() == (devkit / file).read_bytes() for file in files)
+    before = again.stat().st_mtime_ns
+    assert demo_devkit(tmp_path, demo, lambda done, total: pytest.fail("drawn again")) == again
+    assert again.stat().st_mtime_ns == before
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    shutil.rmtree(again)
+    with pytest.raises(KeyboardInterrupt):
+        demo_devkit(tmp_path, demo, interrupt)
+    assert os.listdir(tmp_path) == []
+
+
+# ── what the demo run has to show ────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("seed", range(3))

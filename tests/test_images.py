@@ -66,7 +66,9 @@ def test_crops_are_pillows_crop_then_resize() -> None:
         for kind in range(20):
             box = some_box(rng, width, height, kind)
             size = (32, 96, 224)[kind % 3]
-            ours = crop(pixels, np.array(box, dtype=np.float32), size, "bicubic", reads_outside=False)
+            ours = crop(
+                pixels, np.array(box, dtype=np.float32), size, "bicubic", reads_outside=False, resizes_first=False
+            )
             expected = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
             differences.append(difference(ours, expected))
     assert len(differences) == 1000
@@ -115,7 +117,14 @@ def test_the_test_view_is_torchvisions_resize_and_center_crop(size: int, resize:
         data = encoded(picture(width, height, seed), "PNG")
         boxes = draw(recipe, 0, 0, np.array([seed]), np.array([height]), np.array([width])).boxes
         assert boxes.shape == (1, 1, 4)
-        ours = crop(decode(data, height, width), boxes[0, 0], size, recipe.crop.interpolation, reads_outside=True)
+        ours = crop(
+            decode(data, height, width),
+            boxes[0, 0],
+            size,
+            recipe.crop.interpolation,
+            reads_outside=True,
+            resizes_first=False,
+        )
         assert difference(ours, reference(by_pillow(data))) <= 0.5, (width, height)
 
 

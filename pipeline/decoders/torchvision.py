@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,9 +29,13 @@ class TorchvisionDecoder:
 
     def __init__(self, store: Store, recipe: Recipe, threads: int, why: str = "as asked") -> None:
         self.store, self.size, self.threads, self.why = store, recipe.size, threads, why
-        self.interpolation = recipe.crop.interpolation
-        self.reads_outside = not isinstance(recipe.crop, RandomResizedCrop)  # a box inside an image resized as a whole
-        self.resizes_first = isinstance(recipe.crop, WholeImage)
+        self.crop = partial(
+            crop,
+            size=recipe.size,
+            interpolation=recipe.crop.interpolation,
+            reads_outside=not isinstance(recipe.crop, RandomResizedCrop),  # a box inside an image resized as a whole
+            resizes_first=isinstance(recipe.crop, WholeImage),
+        )
 
     def stream(self, plan: Iterable[tuple[Samples, Boxes]]) -> Generator[Crops, None, None]:
         batches: deque[tuple[Tensor, list[Future[list[bool]]]]] = deque()
@@ -57,14 +62,7 @@ class TorchvisionDecoder:
                 good.append(False)
                 continue
             for view, box in enumerate(boxes[:, i]):
-                crops[view, i] = crop(
-                    pixels,
-                    box,
-                    self.size,
-                    self.interpolation,
-                    reads_outside=self.reads_outside,
-                    resizes_first=self.resizes_first,
-                )
+                crops[view, i] = self.crop(pixels, box)
             good.append(True)
         return good
 

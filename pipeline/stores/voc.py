@@ -82,14 +82,18 @@ def _objects(path: Path) -> list[tuple[str, int]]:
         if root.tag != "annotation" or not all(name for name, _ in found):
             raise ValueError("no annotation, or one with an object without a name")
         return [(name, DIFFICULT if int(difficult) else PRESENT) for name, difficult in found]
-    except (OSError, ValueError, ElementTree.ParseError) as error:  # the last two from any text whatever
+    except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:  # an unknown encoding is the third
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"{path}: {reason}. Unpack VOC2007's trainval and test anew") from None
 
 
 def demo_devkit(cache: Path, demo: Path, progress: Progress = lambda done, total: None) -> Path:
     """A devkit made from the embedded data set at `demo`: two or three of its images in a picture, some as difficult
-    objects, which are half as large. Made once in `cache` (600 pictures, 15 MB); the folder that holds VOCdevkit."""
+    objects, which are half as large. Made once in `cache` (600 pictures, 17 MB); the folder that holds VOCdevkit.
+
+    Its images fill less than half a side: of views three times as large as the demo run's the mAP is 53, of equal ones
+    29, of none 21.
+    """
     return drawn_once(cache / f"voc-{_VERSION}-{demo.name}", lambda folder: _draw_devkit(folder, demo, progress))
 
 
