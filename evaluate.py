@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +139,9 @@ def semisup(job: Semisup, log: RunLog) -> int:
 
 def svm(job: Svm, log: RunLog) -> int:
     """A support vector machine for each class of VOC2007."""
-    subject = Subject(job.network, log, job.decoder, job.threads)
+    # The pictures of the embedded kit show several of the demo's images, each of 48 pixels.
+    size = job.network.size or (None if job.voc07 else 144)
+    subject = Subject(replace(job.network, size=size), log, job.decoder, job.threads)
     import model
     import pipeline
 
@@ -154,7 +157,7 @@ def svm(job: Svm, log: RunLog) -> int:
         )
         seen[split] = features, targets[samples.numpy()]
     with log.bar("support vector machines") as bar:
-        jobs = job.threads or pipeline.usable_cores()
+        jobs = (job.threads or pipeline.usable_cores()) if job.voc07 else 1  # to start more takes longer than the fits
         fitted = model.svm_map(*seen["trainval"], *seen["test"], classes, jobs=jobs, progress=bar)
     each = {
         name: {"average_precision": precision, "C": cost}

@@ -172,7 +172,7 @@ class Linear:
     def heads(self) -> list[tuple[float, float]]:
         """Learning rate and weight decay of each classifier, as they are applied."""
         protocol = self.protocol()[1]
-        factors = (0.1, 0.33, 1.0, 3.3) if self.sweep else (1.0,)
+        factors = (1 / 3, 1, 10 / 3, 10) if self.sweep else (1.0,)
         rates = self.lr or tuple(factor * protocol.lr for factor in factors)
         decays = self.weight_decay or ((0.0, 1e-6, 1e-4) if self.sweep else (protocol.weight_decay,))
         scale = self.batch_size / 256 if protocol.lr_scales else 1.0

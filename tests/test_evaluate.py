@@ -90,7 +90,7 @@ def test_knn(evaluate: Train, common: list[Any], run: Path) -> None:
     }
     assert values["configuration"]["k"] == 5
     assert values["environment"]["torch"] == torch.__version__.partition("+")[0]
-    for said in ("45.6 (lightly, 100 epochs)", "classes 3, not 1,000", "out/knn.json"):
+    for said in ("published (lightly, 100 epochs)", "classes 3, not 1,000", "out/knn.json"):
         assert said in " ".join(text.split())
 
 
