@@ -110,13 +110,13 @@ def _name(run: Path) -> str:
 def _table(found: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     """A row for each figure, a column for each run, and what is published beside them."""
     runs = list(dict.fromkeys(run for run, _ in found))
-    sources = {result["published"]["source"] for _, result in found if result["published"]}
+    sources = sorted({result["published"]["source"] for _, result in found if result["published"]})
     one = len(found) == 1
     table = Table(box=None, pad_edge=False, header_style="")
     table.add_column("" if one else "evaluation", overflow="fold")
     for run in runs:
         table.add_column(Text(run), justify="right", overflow="fold")
-    table.add_column(f"published ({sources.pop()})" if len(sources) == 1 else "published", overflow="fold")
+    table.add_column(f"published ({sources[0]})" if len(sources) == 1 else "published", overflow="fold")
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for run, result in found:
         published = result["published"] or {"results": {}, "source": ""}
@@ -124,7 +124,7 @@ def _table(found: Sequence[tuple[str, dict[str, Any]]]) -> Table:
             row = rows.setdefault((result["evaluation"], name), {})
             row[run] = _said(value)
             if name in published["results"]:
-                source = f" ({published['source']})" if sources else ""  # where they are several
+                source = f" ({published['source']})" * (len(sources) > 1)
                 row["published"] = f"{published['results'][name]:.1f}{source}"
     for (evaluation, name), row in rows.items():
         cells = [row.get(run, "-") for run in runs]
