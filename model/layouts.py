@@ -49,6 +49,10 @@ def _torch_file(content: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _lightning_file(entries: dict[str, Tensor], weights: Weights) -> bytes:
+    return _torch_file({"state_dict": entries})
+
+
 def _mmpretrain_file(entries: dict[str, Tensor], weights: Weights) -> bytes:
     about = {"dataset_meta": {"classes": weights.classes}} if weights.classes else {}
     return _torch_file({"meta": about, "state_dict": entries})
@@ -88,7 +92,7 @@ LAYOUTS = {
         _LIGHTLY,
         ignored=r"model\.online_classifier\.",
         biased=1,
-        write=lambda entries, weights: _torch_file({"state_dict": entries}),
+        write=_lightning_file,
     ),
     "mmpretrain": _Layout(
         r"neck\.|head\.|data_preprocessor\.",
@@ -106,7 +110,7 @@ LAYOUTS = {
         {"backbone.": "backbone.", "projector.": "projector.", "classifier.": "head.", "encoder.": "backbone."},
         ignored=r"momentum_|predictor\.",
         biased=99,
-        write=lambda entries, weights: _torch_file({"state_dict": entries}),
+        write=_lightning_file,
     ),
     "twinfeed": _Layout(r"projector\.|backbone\.", {"backbone.": "backbone.", "projector.": "projector."}),
     "torchvision": _Layout("conv1|bn1|layer1", _TORCHVISION, write=lambda entries, weights: _torch_file(entries)),
@@ -142,21 +146,25 @@ def find_weights(content: Any, path: Path) -> Weights:
     unknown = []
     for key, value in found.items():
         begin = max((name for name in LAYOUTS[layout].names if key.startswith(name)), key=len, default=None)
+        part, _, name = ("" if begin is None else LAYOUTS[layout].names[begin] + key[len(begin) :]).partition(".")
         if re.match(LAYOUTS[layout].ignored, key):
             continue
-        if begin is None or not isinstance(value, Tensor):
+        if begin is None or not isinstance(value, Tensor) or name in parts[part]:
             unknown.append(key)
-            continue
-        part, _, name = (LAYOUTS[layout].names[begin] + key.removeprefix(begin)).partition(".")
-        parts[part][name] = (value.float() if value.is_floating_point() else value).contiguous()
+        else:
+            parts[part][name] = (value.float() if value.is_floating_point() else value).contiguous()
     _fold_biases(parts["projector"])
     for entries in (parts["backbone"], parts["projector"]):
         for name in [name for name in entries if name.endswith(".running_mean")]:  # VISSL's and older ones lack it
             entries.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
-    about = _about(_dict(content))
+    try:
+        about = _about(_dict(content))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: what it says about itself is no JSON: {error}") from None
     layout = about["layout"] if about.get("layout") in LAYOUTS else layout
-    weights = Weights(layout, **parts, classes=about["classes"], size=about["size"])
-    _empty_parts(weights, path, unknown)
+    named = len(about["classes"]) == len(parts["head"].get("weight", ()))
+    weights = Weights(layout, **parts, classes=about["classes"] if named else [], size=about["size"])
+    _empty_backbone(weights, path, unknown)
     return weights
 
 
@@ -181,8 +189,7 @@ def stem_padding(weights: Weights) -> int:
 
 def load_backbone(weights: Weights, path: Path) -> Backbone:
     """The network that they are of, in eval mode. ValueError, naming `path`, where they are not a whole one."""
-    backbone = _empty_parts(weights, path)["backbone"]
-    assert isinstance(backbone, Backbone)
+    backbone = _empty_backbone(weights, path)
     backbone.load_state_dict({name: value.clone() for name, value in weights.backbone.items()}, assign=True)
     if backbone.conv1.kernel_size == (3, 3):
         backbone.conv1.padding = (stem_padding(weights),) * 2
@@ -258,21 +265,18 @@ def _about(content: dict[str, Any]) -> dict[str, Any]:
     meta, about = _dict(content.get("meta")), _dict(content.get("settings"))
     if ours := _dict(content.get("__metadata__")).get("twinfeed"):
         about = _dict(json.loads(ours))
-    classes = _dict(meta.get("dataset_meta")).get("classes") or meta.get("CLASSES")  # mmpretrain's, and before 1.0
-    classes = about.get("classes") or classes
-    size = about.get("size")
-    return about | {
-        "classes": [str(name) for name in classes] if isinstance(classes, list | tuple) else [],
-        "size": size if isinstance(size, int) else None,
-    }
+    # mmpretrain's, and before 1.0
+    classes = about.get("classes") or _dict(meta.get("dataset_meta")).get("classes") or meta.get("CLASSES")
+    size = about.get("size") if isinstance(about.get("size"), int) else None
+    return about | {"classes": [*map(str, classes)] if isinstance(classes, list | tuple) else [], "size": size}
 
 
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _empty_parts(weights: Weights, path: Path, unknown: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """Modules without memory, "backbone" and what else there are weights of. ValueError where they do not fit."""
+def _empty_backbone(weights: Weights, path: Path, unknown: Sequence[str] = ()) -> Backbone:
+    """The network without memory for its weights. ValueError where they, a projector's or a head's do not fit."""
     known = architecture(weights)
     if known is None:
         begin = ", ".join([*weights.backbone, *unknown][:3])
@@ -298,13 +302,11 @@ def _empty_parts(weights: Weights, path: Path, unknown: Sequence[str] = ()) -> d
         "unexpected": [*unknown, *(_theirs(names, name) for name in have if name not in want)],
         "misshapen": [f"{_theirs(names, n)} {list(have[n].shape)} for {list(want[n].shape)}" for n in shapes],
     }
-    if any(wrong.values()):
-        said = (
-            f"{len(these)} {what} ({', '.join(map(str, these[:3]))}{', ...' * (len(these) > 3)})"
-            for what, these in wrong.items()
-            if these
-        )
-        raise ValueError(
-            f"{path} does not hold a whole {known['backbone']} in the layout of {weights.layout}: {'; '.join(said)}"
-        )
-    return modules
+    said = (
+        f"{len(these)} {what} ({', '.join(map(str, these[:3]))}{', ...' * (len(these) > 3)})"
+        for what, these in wrong.items()
+        if these
+    )
+    if why := "; ".join(said):
+        raise ValueError(f"{path} does not hold a whole {known['backbone']} in the layout of {weights.layout}: {why}")
+    return backbone
