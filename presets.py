@@ -95,6 +95,9 @@ class RunConfig:
     """Go on with the run in that folder, from its last checkpoint, on any number of GPUs."""
     resume_if_saved: bool = False
     """The same where there is a checkpoint, else begin: for a job that a scheduler starts again."""
+    continue_from: Path | None = None
+    """Begin with the network in a pretraining checkpoint of another project; with the authors' checkpoint.pth, go on
+    from its epoch, with its momenta."""
     accept_changes: bool = False
     """Resume although the configuration is not the one that was saved."""
     dry_run: bool = False
@@ -141,6 +144,7 @@ class Pretrain:
     def check(self, ranks: int = 1) -> None:
         """ValueError for what no run can be made of, on so many ranks."""
         batch, resumes = self.optim.batch_size, self.run.resume or self.run.resume_if_saved
+        continues = self.run.continue_from is not None
         area, sigma, block = self.data.crop_area, self.data.blur_sigma, self.data.shuffle_block
         wrong = {
             "--warmup-epochs": (self.optim.warmup_epochs, self.optim.warmup_epochs >= 0, "at least 0"),
@@ -161,7 +165,12 @@ class Pretrain:
             "--solarize-p": (self.data.solarize_p, all(0 <= p <= 1 for p in self.data.solarize_p), "two probabilities"),
             "--blur-sigma": (sigma, 0 < sigma[0] <= sigma[1], "a range above 0"),
             "--seed": (self.run.seed, 0 <= self.run.seed < 2**63, "from 0 to 2^63 - 1"),
-            "--dry-run": ("given with --resume", not (self.run.dry_run and resumes), "given alone"),
+            "--continue-from": ("given with --resume", not (self.run.resume and continues), "for a new run"),
+            "--dry-run": (
+                "given with --resume or --continue-from",
+                not (self.run.dry_run and (resumes or continues)),
+                "given alone",
+            ),
             "--hw-decoder-load": (self.run.hw_decoder_load, 0 <= self.run.hw_decoder_load <= 1, "from 0 to 1"),
             "--threads": (self.run.threads, self.run.threads is None or self.run.threads >= 1, "at least 1"),
             "--log-steps": (self.run.log_steps, self.run.log_steps >= 1, "at least 1"),

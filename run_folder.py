@@ -32,16 +32,21 @@ def check(folder: Path) -> None:
 def saved(
     folder: Path, checkpoints: Checkpoints, config: RunConfig, settings: dict[str, Any], log: RunLog
 ) -> dict[str, Any] | None:
-    """What the run goes on from; None for a new one, for which the folder is then empty.
+    """What the run goes on from; None for one from nothing. Of a new one, the folder is then empty.
 
-    ValueError where it is to go on from nothing, or from another configuration without --accept-changes.
+    ValueError where there is nothing to resume, or another configuration without --accept-changes, or a file to
+    continue from that does not fit.
     """
-    from model import configuration_changes
+    from model import configuration_changes, continue_from
 
     if not config.resume and not (config.resume_if_saved and any(folder.glob("checkpoint*.pt"))):
+        source = config.continue_from
+        begun = continue_from(source, settings) if source else None  # before anything is moved
         if moved := make_room(folder):
             log.say(f"the run that was in {folder} is now in {moved}")
-        return None
+        if begun:
+            log.say(f"begins with what {source} holds")
+        return begun
     state, passed_over = checkpoints.load()
     for line in passed_over:
         log.say(line)

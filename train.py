@@ -196,7 +196,7 @@ def pretrain(
                     model.train()
             if tested or step % config.run.log_steps == 0 or step == last_step:
                 values = barlow.readings(twins) | feed.rates()  # waits for the device
-                loss_first = values["loss"] if step == 0 else loss_first
+                loss_first = values["loss"] if math.isnan(loss_first) else loss_first
                 skipped, in_a_row = (int(count) for count in optimizer.skipped_steps)
                 if warning := collapse.warning(values):
                     log.say(f"step {step:,}: {warning}")
@@ -231,7 +231,7 @@ def pretrain(
     checkpoints.finish()
 
     # ── proof and export ─────────────────────────────────────────────────────────────────────────────────────────────
-    exported = barlow.export_backbone(model.backbone, run)
+    exported = barlow.export_backbone(model.backbone, run, config.data.size)
     names = ("knn_top1_untrained", "knn_top1_pixels", "knn_top1_colour", "knn_top1_trained")
     scores: dict[str, float | None] = dict.fromkeys(names)
     if held_out:

@@ -10,6 +10,7 @@ from .checkpoint import (
     save_checkpoint,
     write_atomically,
 )
+from .continuation import continue_from
 from .engine import (
     choose_compilation,
     choose_precision,
@@ -28,12 +29,13 @@ from .features import (
     feature_uniformity,
     pixel_feature,
 )
+from .foreign import read_foreign
 from .heads import Tuning, accuracies, train_heads
 from .health import Collapse, correlation_corner, correlation_steps, feature_readings, readings, save_correlation
 from .knn import knn_accuracies, knn_accuracy, knn_votes, neighbours, online_accuracies, probe_accuracy
 from .lars import LARS, parameter_groups
 from .last_step import LastStep
-from .layouts import export_backbone
+from .layouts import EXPORTS, LAYOUTS, Weights, export, export_backbone, load_backbone, read_weights
 from .loss import LossParts, barlow_loss, normalize
 from .ranks import Ranks
 from .schedule import learning_rate_factor
@@ -41,7 +43,9 @@ from .svm import SvmResult, average_precision, svm_map
 
 __all__ = [
     "BACKBONES",
+    "EXPORTS",
     "LARS",
+    "LAYOUTS",
     "BarlowTwins",
     "Batches",
     "Checkpoints",
@@ -52,6 +56,7 @@ __all__ = [
     "SvmResult",
     "Tuning",
     "Twins",
+    "Weights",
     "accuracies",
     "average_precision",
     "barlow_loss",
@@ -60,9 +65,11 @@ __all__ = [
     "choose_precision",
     "colour_feature",
     "configuration_changes",
+    "continue_from",
     "correlation_corner",
     "correlation_steps",
     "effective_rank",
+    "export",
     "export_backbone",
     "extract",
     "feature_alignment",
@@ -73,6 +80,7 @@ __all__ = [
     "knn_votes",
     "largest_batch",
     "learning_rate_factor",
+    "load_backbone",
     "load_checkpoint",
     "load_states",
     "neighbours",
@@ -83,6 +91,8 @@ __all__ = [
     "pixel_feature",
     "prepare_device",
     "probe_accuracy",
+    "read_foreign",
+    "read_weights",
     "readings",
     "reset_peak_memory",
     "run_on",

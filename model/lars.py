@@ -57,7 +57,10 @@ class LARS(Optimizer):
         return super().state_dict() | {"skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        """Momenta and counts. Weight decay, momentum and the like stay as they are here: they are the run's."""
+        saved = zip(self.param_groups, state_dict["param_groups"], strict=True)
+        groups = [{**mine, "params": theirs["params"]} for mine, theirs in saved]
+        super().load_state_dict(state_dict | {"param_groups": groups})
         self.skipped_steps.copy_(state_dict["skipped_steps"])
 
     @torch.no_grad()
