@@ -94,10 +94,12 @@ def test_what_one_comes_for_is_read_in_one_evening() -> None:
     formats -= {f"pipeline/stores/{name}.py" for name in ("__init__", "folder")}
     talk = {named(path) for path in TALK}
     evaluations = {named(path) for path in (ROOT / "evaluate.py", *EVALUATIONS)}
-    evaluations |= {f"model/{name}.py" for name in ("features", "knn", "heads", "svm", "layouts", "foreign")}
+    evaluations |= {
+        f"model/{name}.py" for name in ("features", "knn", "heads", "svm", "layouts", "foreign", "continuation")
+    }
     assert sum(sizes[name] for name in formats) <= 3000
     assert sum(sizes[name] for name in talk) <= 1500
-    assert sum(sizes[name] for name in evaluations) <= 2000
+    assert sum(sizes[name] for name in evaluations) <= 2200
     assert sum(size for name, size in sizes.items() if name not in formats | talk | evaluations) <= 4200
     assert sizes["train.py"] <= 250
     assert not {name: size for name, size in sizes.items() if size > 330}
