@@ -16,7 +16,17 @@ from typing import Any
 
 _ROOT = Path(__file__).parent
 _MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")  # bytes that the control group grants, or "max"
-_DISTRIBUTIONS = ["torch", "torchvision", "nvidia-dali-cuda130", "ffcv", "numpy", "numba", "pillow", "simplejpeg"]
+_DISTRIBUTIONS = [
+    "torch",
+    "torchvision",
+    "nvidia-dali-cuda130",
+    "ffcv",
+    "numpy",
+    "numba",
+    "pillow",
+    "simplejpeg",
+    "scikit-learn",
+]
 
 
 def environment(devices: Sequence[str]) -> dict[str, Any]:

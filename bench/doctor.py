@@ -47,6 +47,7 @@ _PARTS = (
     Part("simplejpeg", "simplejpeg", "decodes JPEGs on the CPU", "uv sync", needed=True),
     Part("numba", "numba", "distorts on the CPU, 10 times as fast as torch", "uv sync", needed=True),
     Part("google_crc32c", "google-crc32c", "checksums of records", "uv sync", needed=True),
+    Part("sklearn", "scikit-learn", "SVMs of VOC07", "uv sync", needed=True),
     Part("nvidia.dali", "nvidia-dali-cuda130", "decodes on the GPU", "uv sync (Linux on x86-64 only)"),
     Part(
         "ffcv",

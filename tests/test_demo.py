@@ -177,8 +177,18 @@ def test_the_committed_runs_beat_every_baseline_by_twenty_points(seed: int) -> N
     assert summary["knn_top1_trained"] >= 20 + max(summary[name] for name in BASELINES)
 
 
+EVALUATIONS = {
+    "knn": "knn",
+    "linear-demo": "linear",
+    "linear-demo-sweep": "linear --sweep",
+    "semisup-10percent": "semisup",
+    "semisup-1percent": "semisup --labels 0.01",
+    "svm": "svm",
+}
+
+
 @pytest.mark.slow
-def test_the_demo_learns_within_five_minutes(tmp_path: Path) -> None:
+def test_the_demo_learns_within_five_minutes_and_is_evaluated(tmp_path: Path) -> None:
     """The newcomer's command, but for the installation: drawn afresh, another seed than those committed."""
     began = time.monotonic()
     command = [sys.executable, ROOT / "train.py", "demo", "--seed", "3", "--device", "cpu"]
@@ -188,3 +198,19 @@ def test_the_demo_learns_within_five_minutes(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())
     assert summary["knn_top1_trained"] >= 20 + max(summary[name] for name in BASELINES), summary
     assert elapsed_s < 300
+
+    results = {}
+    for name, command in EVALUATIONS.items():
+        began = time.monotonic()
+        command = [sys.executable, ROOT / "evaluate.py", *command.split(), "--device", "cpu"]
+        subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=600)
+        assert time.monotonic() - began < 120, name
+        results[name] = json.loads((tmp_path / "runs" / "demo" / f"{name}.json").read_text())["results"]
+    assert results["knn"]["knn_top1"] == pytest.approx(summary["knn_top1_trained"], abs=0.5)  # the same, once more
+    assert results["linear-demo"]["top1"] > 40  # chance is 10
+    assert results["linear-demo-sweep"]["top1"] >= results["linear-demo"]["top1"] - 3
+    assert results["semisup-10percent"]["top1"] > 35
+    assert results["semisup-1percent"]["top1"] > 25
+    assert results["svm"]["map"] > 35  # chance is 20
+    for command in ("predict", "export", "compare"):
+        subprocess.run([sys.executable, ROOT / "evaluate.py", command], cwd=tmp_path, env=env, check=True, timeout=60)
