@@ -177,8 +177,7 @@ class _Reader(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype) or self._storage is None:
             raise pickle.UnpicklingError("it keeps something else than numbers beside its pickle")
         data = self._storage(key, count * dtype.itemsize, dtype)
-        # Of a buffer, which nothing in torch will make larger.
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        flat = torch.frombuffer(data or bytearray(16), dtype=dtype)[:count]  # a buffer, that torch cannot make larger
         if view and view[0] is not None:
             _, first, count = view[0]
             flat = flat[first : first + count]

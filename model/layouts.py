@@ -77,12 +77,11 @@ def _safetensors_file(entries: dict[str, Tensor], weights: Weights) -> bytes:
 
 _TORCHVISION = {"fc.": "head.", "": "backbone."}
 _LIGHTLY = {"backbone.": "backbone.", "projection_head.layers.": "projector."}
-_LIGHTLY |= {f"{head}classification_head.": "head." for head in ("online_classifier.", "")}  # trained with it, or after
-for _module in ("", "model."):  # with a classifier that was trained after it, it is that one's model
-    _LIGHTLY |= {f"{_module}{name}": ours for name, ours in list(_LIGHTLY.items())[:2]}
-    # As the examples make it: nn.Sequential(*list(resnet.children())[:-1])
-    _LIGHTLY |= {f"{_module}backbone.0.": "backbone.conv1.", f"{_module}backbone.1.": "backbone.bn1."}
-    _LIGHTLY |= {f"{_module}backbone.{stage + 3}.": f"backbone.layer{stage}." for stage in range(1, 5)}
+# As the examples make the backbone: nn.Sequential(*list(resnet.children())[:-1])
+_LIGHTLY |= {"backbone.0.": "backbone.conv1.", "backbone.1.": "backbone.bn1."}
+_LIGHTLY |= {f"backbone.{stage + 3}.": f"backbone.layer{stage}." for stage in range(1, 5)}
+_LIGHTLY |= {f"model.{name}": ours for name, ours in _LIGHTLY.items()}  # of a classifier that was trained after it
+_LIGHTLY |= {"online_classifier.classification_head.": "head.", "classification_head.": "head."}
 
 # The first whose sign is found. mmpretrain numbers the projector's layers, the others also the ReLUs between them.
 LAYOUTS = {

@@ -339,6 +339,29 @@ def test_an_export_loads_into_the_projects_module_and_comes_back(layout: str, ou
     assert (back.classes, back.size) == (list("vwxyz") if known else [], 48 if layout == "safetensors" else None)
 
 
+def test_a_resnet50_has_the_names_of_timm_and_of_detectron2(tmp_path: Path) -> None:
+    theirs = randomised(needed("timm").create_model("resnet50", num_classes=3))
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    weights = read_weights(tmp_path / "timm.pth")
+    scores = nn.functional.linear(load_backbone(weights, tmp_path)(IMAGES), **weights.head)
+    torch.testing.assert_close(scores, theirs(IMAGES))
+    export(weights, "timm", tmp_path / "again.pth")
+    same(torch.load(tmp_path / "again.pth", weights_only=True), theirs.state_dict())
+    export(weights, "detectron2", tmp_path / "R-50.pkl")
+    entries = pickle.loads((tmp_path / "R-50.pkl").read_bytes())["model"]
+    assert len(entries) == len(weights.backbone) == 318
+    for name, origin in {  # as its R-50.pkl has them
+        "stem.conv1.weight": "conv1.weight",
+        "stem.conv1.norm.running_var": "bn1.running_var",
+        "res2.0.conv1.norm.weight": "layer1.0.bn1.weight",
+        "res2.0.shortcut.weight": "layer1.0.downsample.0.weight",
+        "res2.0.shortcut.norm.bias": "layer1.0.downsample.1.bias",
+        "res5.2.conv3.weight": "layer4.2.conv3.weight",
+        "res5.2.conv3.norm.running_mean": "layer4.2.bn3.running_mean",
+    }.items():
+        np.testing.assert_array_equal(entries[name], weights.backbone[origin])
+
+
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -386,6 +409,13 @@ def test_solo_learns_small_stem_adds_a_wider_border(tmp_path: Path) -> None:
         export(mine, "solo-learn", tmp_path / "z.pth")
     export(mine, "lightly", tmp_path / "z.pth")
     assert load_backbone(read_weights(tmp_path / "z.pth"), tmp_path).conv1.padding == (1, 1)
+
+
+def test_names_without_classes_for_all_outputs_are_left_out(tmp_path: Path) -> None:
+    """mmpretrain's pretraining checkpoints name the classes of the data, and have no classifier."""
+    meta = {"dataset_meta": {"classes": list("abc")}}
+    torch.save({"meta": meta, "state_dict": state(mmpretrain())}, tmp_path / "x")
+    assert read_weights(tmp_path / "x").classes == []
 
 
 def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
