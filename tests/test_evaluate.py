@@ -390,6 +390,23 @@ def test_the_published_protocols() -> None:
     assert protocols.SEMISUP["authors"] == (0.005, (), 20, 0.5, 256)
 
 
+def test_the_readme_shows_what_was_measured() -> None:
+    """Each row's fourth cell is what the JSON of its evaluation says."""
+    rows = [line.split(" | ") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    measured = {row[0].removeprefix("| ").partition(" (")[0]: row[3] for row in rows if len(row) == 5}
+    shown = {
+        "linear-demo": (measured["linear, ImageNet"], ("top1", "top5")),
+        "semisup-1percent": (measured["1% of the labels"], ("top1", "top5")),
+        "semisup-10percent": (measured["10% of the labels"], ("top1", "top5")),
+        "svm": (measured["VOC07, mAP"], ("map",)),
+        "knn": (measured["kNN"], ("knn_top1",)),
+    }
+    for name, (cell, figures) in shown.items():
+        record = json.loads((ROOT / "bench" / "results" / "evaluate-demo" / f"{name}.json").read_text())
+        assert cell == " / ".join(f"{record['results'][figure]:.1f}" for figure in figures), name
+        assert "-dirty" not in record["environment"]["commit"], name
+
+
 @pytest.mark.parametrize("name", ["imagenet", "mmpretrain", "places205", "inat18"])
 def test_the_published_set_up_differs_in_nothing(name: str) -> None:
     """What `differs` says is true: nothing where the command is the published one."""
