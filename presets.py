@@ -241,8 +241,9 @@ def imagenet100_400e() -> Pretrain:
 
 
 def cifar10_1000e() -> Pretrain:
-    """solo-learn's CIFAR-10 run: ResNet-18 with a small stem, no blur. Published: top-1 92.10 online, by a stem that adds a
-    border of 2 pixels; ours, like all others', adds 1.
+    """solo-learn's CIFAR-10 run: ResNet-18 with a small stem, no blur. Published: top-1 92.10 online.
+
+    Its stem adds a border of 2 pixels, ours, like all others', 1.
 
     train.py cifar10-1000e --data CIFAR10, a folder of its images with train/ and test/ in it.
     """
