@@ -55,12 +55,11 @@ class Classifier:
                 f"{subject.checkpoint} has no classifier: name images with labels that vote, with --train, or "
                 "train one, with evaluate.py linear"
             )
-        self._store = pipeline.at_most(_BANK, open_store(pipeline.find_splits(train)[0], subject.log))
+        store = open_store(pipeline.find_splits(train)[0], subject.log)
+        self._store = pipeline.at_most(_BANK, store if self._head else pipeline.with_labels(store))
         if not self._head:
             self.classes = self._store.classes
             self.how = f"a vote of the {k} most alike of {len(self._store):,} training images"
-            if not self.classes:
-                raise ValueError(f"{train} has no labels: a vote needs a sub-folder for each class")
         self._bank, self._bank_labels, self._bank_samples = subject.features(self._store, f"looking at {train}")
 
     def predict(self, image: Picture) -> dict[str, Any]:
@@ -112,7 +111,7 @@ class Classifier:
         return [
             {
                 "image": self._store.name(int(self._bank_samples[position])),
-                "pred_class": names[int(self._bank_labels[position])] if names else None,
+                "pred_class": names[label] if (label := int(self._bank_labels[position])) >= 0 else None,
                 "similarity": value,
             }
             for value, position in zip(similarity.tolist(), nearest.tolist(), strict=True)
@@ -139,4 +138,5 @@ def load_classifier(
     network = Network(Path(checkpoint), size=size, device=device)
     log = RunLog()
     log.console.quiet = True
-    return Classifier(Subject(network, log), None if train is None else Path(train), k=k, temperature=temperature)
+    subject = Subject(network, log, writes=False)
+    return Classifier(subject, None if train is None else Path(train), k=k, temperature=temperature)

@@ -49,6 +49,8 @@ _SHOWN = 8  # images of the embedded data set that are predicted where none are 
 
 def main(log: RunLog) -> int:
     """What the command line asks for; the exit status."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("evaluate.py is one process, on one device: start it without torchrun")
     job = protocols.parse()
     protocols.check(job)
     if isinstance(job, Compare):
@@ -121,7 +123,8 @@ def semisup(job: Semisup, log: RunLog) -> int:
         labelled = pipeline.balanced(train, float(job.labels), job.images.seed)
     except ValueError as error:
         if not Path(job.labels).is_file():
-            raise ValueError(f"--labels {job.labels}: {error}") from None
+            why = str(error) if "fraction" in str(error) else "neither a fraction nor a file that is there"
+            raise ValueError(f"--labels {job.labels}: {why}") from None
         labelled = pipeline.listed(train, Path(job.labels))
     share, (_, protocol) = len(labelled) / len(train), job.protocol()
     name = f"semisup-{100 * share:.3g}percent"
@@ -177,9 +180,10 @@ def predict(job: Predict, log: RunLog) -> int:
     log.console.quiet |= job.json
     if not job.pictures and job.network.checkpoint != protocols.DEMO_RUN:
         raise ValueError("name images to predict: evaluate.py predict --checkpoint W IMAGE...")
-    classifier = Classifier(
-        Subject(job.network, log), job.train, k=job.k, temperature=job.temperature, neighbours=job.neighbours
-    )
+    subject = Subject(job.network, log, writes=False)
+    if lacking := [path for path in job.pictures if not path.exists() or path.is_dir()]:  # before others are looked at
+        raise ValueError(f"{lacking[0]} is no file: name images to predict")
+    classifier = Classifier(subject, job.train, k=job.k, temperature=job.temperature, neighbours=job.neighbours)
     pictures = job.pictures or tuple(demo_pictures(log))
     found = classifier.explain(pictures, NEIGHBOURS * job.neighbours)
     if job.json:
@@ -228,10 +232,10 @@ def tune(
     loader = subject.open_loader(
         train, pipeline.crop_view(subject.size), batch_size, shuffle=True, seed=job.images.seed
     )
-    subject.folder.mkdir(parents=True, exist_ok=True)
     unfinished = subject.folder / f"{name}.unfinished.pt"
     if job.resume and not unfinished.exists():
         raise ValueError(f"{unfinished} is not there: --resume has nothing to go on from")
+    subject.folder.mkdir(parents=True, exist_ok=True)
     settings = {"images": pipeline.fingerprint(train), "weights": subject.digest(), "view": subject.size}
     with subject.log.bar(name) as bar:
 

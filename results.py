@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +70,10 @@ def differences(setup: dict[str, Any], published: Published | None) -> list[str]
 
 def compare(runs: Sequence[Path], log: RunLog) -> int:
     """One table of all that lies in these folders; the exit status. ValueError for one without results."""
-    found = [(_name(run), result) for run in runs for result in _read(run)]
+    runs = list({run.resolve(): run for run in runs}.values())
+    names = [run.resolve().name for run in runs]
+    called = [printable(str(run) if names.count(name) > 1 else name) for run, name in zip(runs, names, strict=True)]
+    found = [(name, result) for name, run in zip(called, runs, strict=True) for result in _read(run, log)]
     log.console.print(_table(found))
     for source in dict.fromkeys(result["published"]["source"] for _, result in found if result["published"]):
         several = [
@@ -85,26 +87,27 @@ def compare(runs: Sequence[Path], log: RunLog) -> int:
     return 0
 
 
-def _read(run: Path) -> list[dict[str, Any]]:
+def _read(run: Path, log: RunLog) -> list[dict[str, Any]]:
     """The evaluations in a folder, and the test that a pretraining ended with."""
     if not run.is_dir():
         raise ValueError(f"{run} is no folder: name folders with results of evaluate.py, like runs/demo")
     found = []
     for path in sorted(run.glob("*.json")):
-        with suppress(ValueError, OSError):
+        try:
             values = json.loads(path.read_text())
-            if isinstance(values, dict) and {"evaluation", "results", "published", "differs"} <= values.keys():
+            if not isinstance(values, dict):
+                continue  # what predict said
+            if {"evaluation", "results", "published", "differs"} <= values.keys():
+                _table([("", values)])  # which looks at all of it
                 found.append(values)
             elif path.name == "summary.json" and isinstance(values.get("knn_top1_trained"), float):
                 results = {"knn_top1": values["knn_top1_trained"]}
                 found.append({"evaluation": _PRETRAINED, "results": results, "published": None, "differs": []})
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            log.say(f"left out {printable(str(path))}, it is damaged: {error}")
     if not found:
         raise ValueError(f"{run} holds no results: evaluate something first, like: evaluate.py knn --checkpoint {run}")
     return found
-
-
-def _name(run: Path) -> str:
-    return printable(run.resolve().name)
 
 
 def _table(found: Sequence[tuple[str, dict[str, Any]]]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 class Subject:
     """The network of a checkpoint, in evaluation mode, and views of images for it."""
 
-    def __init__(self, config: Network, log: RunLog, decoder: str = "auto", threads: int | None = None) -> None:
-        """ValueError for a checkpoint that cannot be read or is no ResNet, or a device that is not there."""
+    def __init__(
+        self, config: Network, log: RunLog, decoder: str = "auto", threads: int | None = None, writes: bool = True
+    ) -> None:
+        """ValueError for a checkpoint that cannot be read or is no ResNet, a device that is not there, or, with
+        `writes`, results that could not be kept."""
         if config.checkpoint == DEMO_RUN and not DEMO_RUN.exists():
             raise ValueError(f"{DEMO_RUN} is not there: run train.py first, or name weights with --checkpoint")
         with log.bar("loading torch"):
@@ -39,8 +43,12 @@ class Subject:
         self.backbone = backbone.to(self.device).to(memory_format=torch.channels_last).eval()
         self.size = config.size or self.weights.size or 224
         ours = config.checkpoint if config.checkpoint.is_dir() else config.checkpoint.parent
-        run = ours if (ours / "config.json").exists() else Path("runs") / config.checkpoint.stem
+        is_run = {"config.json", "metrics.jsonl"} <= {path.name for path in ours.iterdir()}  # others have one of them
+        run = ours if is_run else Path("runs") / config.checkpoint.stem
         self.folder = config.output or run
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if writes and not (there.is_dir() and os.access(there, os.W_OK)):  # known now, not after hours
+            raise ValueError(f"{there} is no folder that can be written to: name another with --output")
         name = backbone.name + f" of width {backbone.width}" * (backbone.width != 64)
         self.setup: dict[str, Any] = {"backbone": name, "view, px": self.size}
         log.say(f"{config.checkpoint}: {name}, {self.weights.layout}; views of {self.size} px; {self.device_name}")
@@ -92,6 +100,8 @@ class Subject:
         with self.log.bar(what) as bar:
             yield from counted(loader.epoch(0), len(loader), bar)
         self.say_bad(loader)
+        if len(loader.bad) == len(store):
+            raise ValueError(f"none of the {len(store):,} images can be read, the first: {store.name(0)}")
 
     def say_bad(self, loader: Loader) -> None:
         bad = {loader.store.name(sample): reason for sample, reason in loader.bad.items()}
@@ -111,8 +121,6 @@ class Subject:
                 yield batch
 
         found, labels = model.extract(noted(), {"": self.backbone}, rows=len(store))
-        if not len(labels):
-            raise ValueError(f"none of the {len(store):,} images can be read, the first: {store.name(0)}")
         return found[""], labels, torch.cat(samples)
 
 
@@ -127,5 +135,5 @@ def open_images(images: Images, log: RunLog) -> tuple[Store, Store]:
     test = images.test or test
     if test is None:
         raise ValueError(f"{train} has no val/ or test/ beside its train/: name images to test on with --test")
-    train_store = open_store(train, log)
-    return train_store, pipeline.with_classes(open_store(test, log), train_store.classes)
+    train_store, test_store = pipeline.with_labels(open_store(train, log)), open_store(test, log)
+    return train_store, pipeline.with_labels(pipeline.with_classes(test_store, train_store.classes))

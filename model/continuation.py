@@ -25,6 +25,8 @@ def continue_from(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     content = read_foreign(path)
     weights = find_weights(content, path)
+    if not weights.projector:
+        raise ValueError(f"{path} has no projector, which pretraining goes on with: name a whole checkpoint")
     there = architecture(weights) or {}
     here = {name: settings[name] for name in there}
     if there["small_stem"]:

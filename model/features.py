@@ -84,7 +84,7 @@ def feature_uniformity(features: Tensor, rows: int = 10_000) -> float:
     for first in range(0, len(x), _BLOCK):
         cosine = x[first : first + _BLOCK] @ x[first:].T  # d^2 = 2 - 2 cosine
         total += float((4 * cosine - 4).exp().triu(1).sum())  # each pair once
-    return math.log(total / (len(x) * (len(x) - 1) / 2))
+    return math.log(total / (len(x) * (len(x) - 1) / 2)) if len(x) > 1 else math.nan
 
 
 def _evenly(features: Tensor, rows: int) -> Tensor:

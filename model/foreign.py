@@ -50,6 +50,8 @@ def read_foreign(path: Path) -> Any:
     there is no such file, or it is damaged.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, a device read without end
+            raise _Refused("is a directory, pipe or device: name a file of weights")
         with open(path, "rb") as file:
             start = file.read(64)
             file.seek(0)

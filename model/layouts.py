@@ -127,6 +127,8 @@ def read_weights(path: Path) -> Weights:
 
     ValueError, in one line, where the file does not hold them whole: nothing is left out silently.
     """
+    if path.is_dir() and not (path / "checkpoint.pt").exists():
+        raise ValueError(f"{path} holds no checkpoint.pt: name the file of weights itself")
     path = path / "checkpoint.pt" if path.is_dir() else path
     return find_weights(read_foreign(path), path)
 
@@ -160,7 +162,7 @@ def find_weights(content: Any, path: Path) -> Weights:
         about = _about(_dict(content))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: what it says about itself is no JSON: {error}") from None
-    layout = about["layout"] if about.get("layout") in LAYOUTS else layout
+    layout = about["layout"] if str(about.get("layout")) in LAYOUTS else layout
     named = len(about["classes"]) == len(parts["head"].get("weight", ()))
     weights = Weights(layout, **parts, classes=about["classes"] if named else [], size=about["size"])
     _empty_backbone(weights, path, unknown)
@@ -189,6 +191,8 @@ def stem_padding(weights: Weights) -> int:
 def load_backbone(weights: Weights, path: Path) -> Backbone:
     """The network that they are of, in eval mode. ValueError, naming `path`, where they are not a whole one."""
     backbone = _empty_backbone(weights, path)
+    if bad := [name for name, value in weights.backbone.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path}: {len(bad)} of its tensors are not finite ({bad[0]}): take earlier ones")
     backbone.load_state_dict({name: value.clone() for name, value in weights.backbone.items()}, assign=True)
     if backbone.conv1.kernel_size == (3, 3):
         backbone.conv1.padding = (stem_padding(weights),) * 2
@@ -281,7 +285,7 @@ def _empty_backbone(weights: Weights, path: Path, unknown: Sequence[str] = ()) -
         begin = ", ".join([*weights.backbone, *unknown][:3])
         raise ValueError(
             f"{path} holds no ResNet that twinfeed knows ({', '.join(BACKBONES)})"
-            + (f": its entries are {begin}, ..." if begin else ": it has no weights by name")
+            + (f": its entries are {begin}, ..." if begin else ": it has no weights by name (save state_dict())")
         )
     widths = known.pop("projector")
     with torch.device("meta"):

@@ -32,6 +32,7 @@ from .stores import (
     fingerprint,
     hold_out,
     with_classes,
+    with_labels,
 )
 from .stores.demo import demo_folder
 from .stores.folder import FolderStore, find_splits, listed
@@ -77,6 +78,7 @@ __all__ = [
     "view_picture",
     "whole_view",
     "with_classes",
+    "with_labels",
     "write_store",
 ]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,8 @@ def test_an_interrupted_linear_goes_on_to_the_same_classifier(evaluate: Train, c
     assert status == 0, text
     assert Path("out/linear-imagenet.safetensors").read_bytes() == whole
     refused(evaluate(*options, "--resume"), "--resume", "nothing")
+    refused(evaluate(*options, "--output", "new", "--resume"), "--resume", "nothing")
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize("preset", ["paper", "authors"])
@@ -330,6 +334,117 @@ def test_a_checkpoint_with_code_in_it_is_read_and_nothing_is_run(evaluate: Train
     assert status == 0, text  # its weights are good
 
 
+def test_checkpoints_that_are_no_files_or_are_damaged_in_what_they_say(
+    evaluate: Train, run: Path, data: Path, run_verb: Train
+) -> None:
+    def tried(checkpoint: str) -> tuple[int, str]:
+        return evaluate("export", "--checkpoint", checkpoint, "--output", "out", *QUICK)
+
+    os.mkfifo("pipe.pth")
+    refused(tried("pipe.pth"), "pipe.pth is a directory, pipe or device")  # and it is not waited for
+    Path("empty").mkdir()
+    refused(tried("empty"), "empty holds no checkpoint.pt", "name the file")
+    weights = torch.load(run / "backbone.pth", weights_only=True)
+    torch.save(weights | {"conv1.weight": weights["conv1.weight"] / 0}, "nan.pth")
+    refused(tried("nan.pth"), "nan.pth", "conv1.weight", "not finite")
+    from safetensors.torch import save_file
+
+    save_file(weights, "odd.safetensors", {"twinfeed": json.dumps({"layout": ["x"], "classes": "abc"})})
+    assert tried("odd.safetensors")[0] == 0
+    Path("hub").mkdir()
+    Path("hub/config.json").write_text('{"architectures": ["ResNet"]}')  # as a folder of a model hub has it
+    os.rename("odd.safetensors", "hub/model.safetensors")
+    assert evaluate("export", "--checkpoint", "hub/model.safetensors", *QUICK)[0] == 0
+    assert Path("runs/model/torchvision.pth").exists()
+    refused(
+        run_verb("train", "--data", data, *TINY, "--continue-from", run / "backbone.pth"), "backbone.pth", "projector"
+    )
+
+
+@pytest.mark.parametrize("command", [*EVALUATIONS, ["export"]], ids=lambda command: command[0])
+def test_an_output_that_is_no_folder_is_known_before_the_work(evaluate: Train, run: Path, command: list[str]) -> None:
+    Path("file").touch()
+    for output in ("file", "file/below"):  # images that are not there would be found out next
+        rest = [] if command == ["export"] else ["--train", "nowhere"]
+        refused(evaluate(*command, *rest, "--checkpoint", run, "--output", output, *QUICK), "file", "--output")
+
+
+def test_it_is_one_process(evaluate: Train, common: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(evaluate("knn", *common), "without torchrun")
+
+
+@pytest.mark.parametrize("command", EVALUATIONS, ids=lambda command: command[0])
+def test_test_images_none_of_which_can_be_read_are_no_result(
+    evaluate: Train, run: Path, data: Path, command: list[str]
+) -> None:
+    for i in range(2):
+        path = Path("bad") / f"class{i}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True)
+        path.write_bytes((data / "val" / "class0" / "val_000.jpg").read_bytes()[:-300])
+    tried = [*command, "--checkpoint", run, "--train", data, "--test", "bad", "--output", "out", *QUICK]
+    if command[0] == "semisup":
+        tried += ["--batch-size", "20"]
+    refused(evaluate(*tried), "none of the 2 images", "0.jpg")
+    assert not [name for name in files() if name.endswith((".json", ".safetensors"))]
+    path.write_bytes((data / "val" / "class1" / "val_001.jpg").read_bytes())  # one that can: no pair for the uniformity
+    status, text = evaluate(*tried)
+    assert status == 0, text
+
+
+@pytest.mark.parametrize("command", EVALUATIONS, ids=lambda command: command[0])
+def test_images_without_a_label_are_left_out(evaluate: Train, run: Path, data: Path, command: list[str]) -> None:
+    """As WebDataset shards can have them among others."""
+    for split in ("train", "val"):
+        Path("shards", split).mkdir(parents=True)
+        with tarfile.open(f"shards/{split}/part-0.tar", "w") as tar:
+            for number, path in enumerate(sorted((data / split).rglob("*.jpg"))):
+                for suffix, content in ((".jpg", path.read_bytes()), (".cls", path.parent.name[-1:].encode())):
+                    if suffix == ".jpg" or number % 5:
+                        info = tarfile.TarInfo(f"{number:04d}{suffix}")
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+    options = ["--checkpoint", run, "--train", "shards", "--output", "out", *QUICK]
+    if command[0] == "semisup":
+        options += ["--batch-size", "20"]
+    status, text = evaluate(*command, *options)
+    assert status == 0, text
+    (path,) = Path("out").glob("*.json")
+    images = json.loads(path.read_text())["images"]
+    assert (images["train"]["images"], images["test"]["images"]) == (48, 24)
+    picture = data / "val" / "class0" / "val_000.jpg"
+    tried = ["predict", "--checkpoint", run, "--train", "shards", "--k", "60", *QUICK]
+    status, text = evaluate(*tried, picture)
+    assert status == 0, text
+    assert "of 48 training images" in text
+    said = evaluate(*tried, picture, picture.parent)
+    refused(said, "is no file")
+    assert "looking at" not in said[1]  # 50,000 images, before it is said
+
+
+def test_compare_tells_folders_of_one_name_apart_and_survives_others_files(
+    evaluate: Train, run: Path, data: Path
+) -> None:
+    for output, k in (("a/same", "1"), ("b/same", "60")):
+        assert evaluate("knn", "--checkpoint", run, "--train", data, "--output", output, "--k", k, *QUICK)[0] == 0
+    status, text = evaluate("compare", "a/same", "b/same", "a/same")
+    assert status == 0, text
+    assert text.split()[:3] == ["evaluation", "a/same", "b/same"]
+    values = [json.loads(Path(name, "same/knn.json").read_text())["results"]["knn_top1"] for name in "ab"]
+    (line,) = [line for line in text.splitlines() if line.startswith("knn: knn_top1")]
+    assert line.split()[2:] == [*(f"{value:.4g}" for value in values), "45.6"]
+    Path("a/same/said.json").write_text('[{"image": "cat.jpg"}]')
+    Path("a/same/summary.json").write_text("[1]")
+    Path("a/same/svm.json").write_text('{"evaluation": "svm", "results": 3, "published": 4, "differs": 5}')
+    Path("a/same/semisup.json").write_text('{"evaluation"')
+    status, text = evaluate("compare", "a/same")
+    assert status == 0, text
+    assert [line.split(",")[0] for line in text.splitlines() if "damaged" in line] == [
+        "left out a/same/semisup.json",
+        "left out a/same/svm.json",
+    ]
+
+
 def test_an_image_that_cannot_be_read(evaluate: Train, run: Path, data: Path) -> None:
     good = data / "val" / "class0" / "val_000.jpg"
     Path("bad.jpg").write_bytes(good.read_bytes()[:200])
@@ -349,7 +464,8 @@ def test_an_image_that_cannot_be_read(evaluate: Train, run: Path, data: Path) ->
         ("linear --lr 0.1 -1", "--lr"),
         ("linear --weight-decay -1", "--weight-decay"),
         ("semisup --labels 1.5", "1.5"),
-        ("semisup --labels nowhere.txt", "nowhere.txt"),
+        ("semisup --labels nowhere.txt", "--labels nowhere.txt: neither a fraction nor a file"),
+        ("semisup --labels 10%", "--labels 10%: neither a fraction nor a file"),
         ("semisup --batch-size 0", "--batch-size is 0"),
         ("knn --size 0", "--size is 0"),
         ("knn --threads 0", "--threads is 0"),

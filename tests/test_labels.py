@@ -187,7 +187,7 @@ def test_a_list_names_images_by_file_or_by_path(tmp_path: Path) -> None:
     store = put(tmp_path / "data", *(f"n{i % 3}/n{i % 3}_{i}.JPEG" for i in range(12)), "n0/deep/x 1.JPEG")
     paths = [Path(store.name(i)).relative_to(tmp_path / "data") for i in range(len(store))]
     list_ = tmp_path / "1percent.txt"
-    list_.write_bytes(b"n2_5.JPEG\r\nn0/n0_3.JPEG\r\n\r\n  n1_1.JPEG \nx 1.JPEG\nn2_5.JPEG\n")
+    list_.write_bytes(b"\xef\xbb\xbfn2_5.JPEG\r\nn0/n0_3.JPEG\r\n\r\n  n1_1.JPEG \nx 1.JPEG\nn2_5.JPEG\n")
     part = listed(store, list_)
     expected = ["n0/deep/x 1.JPEG", "n0/n0_3.JPEG", "n1/n1_1.JPEG", "n2/n2_5.JPEG"]
     assert [str(paths[i]) for i in part.samples] == expected

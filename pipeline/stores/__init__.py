@@ -109,7 +109,7 @@ def balanced(store: Store, fraction: float, seed: int = 0) -> Subset:
 
     ValueError where there are no labels, or for a fraction outside (0, 1].
     """
-    _check_labels(store)
+    with_labels(store)
     if not 0 < fraction <= 1:
         raise ValueError(f"a fraction of {fraction:g} of the labels: it must be above 0 and at most 1")
     order = shuffled(len(store), seed)
@@ -128,7 +128,7 @@ def with_classes(store: Store, classes: Sequence[str]) -> Subset:
 
     ValueError where it has no labels, or images of a class that is not among `classes`.
     """
-    _check_labels(store)
+    with_labels(store)
     numbers, labels = {name: i for i, name in enumerate(classes)}, store.index["label"]
     unknown = [int(label) for label in np.unique(labels[labels >= 0]) if store.classes[label] not in numbers]
     if unknown:
@@ -141,10 +141,14 @@ def with_classes(store: Store, classes: Sequence[str]) -> Subset:
     return renumbered
 
 
-def _check_labels(store: Store) -> None:
-    if (store.index["label"] < 0).all():
+def with_labels(store: Store) -> Store:
+    """Those of its samples that have a label: `store`, where all do. ValueError where none has."""
+    has_one = store.index["label"] >= 0
+    if not has_one.any():
         example = store.name(0) if len(store) else "a part without images"
-        raise ValueError(f"labels are needed, but {example} has none: put the images into a sub-folder for each class")
+        remedy = "put the images into a sub-folder for each class, of two or more"
+        raise ValueError(f"labels are needed, but {example} has none: {remedy}")
+    return store if has_one.all() else Subset(store, np.flatnonzero(has_one))
 
 
 def few(names: Sequence[str]) -> str:

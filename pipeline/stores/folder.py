@@ -81,7 +81,7 @@ def listed(store: Store, path: Path) -> Subset:
     ValueError for names that are not there or could be several images, and for a store that is no folder.
     """
     try:
-        text = path.read_bytes()
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # which Windows puts first
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}. Name a list of images, one a line") from None
     names = {os.fsdecode(line.strip()).replace("/", os.sep): None for line in text.splitlines() if line.strip()}
