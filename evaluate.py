@@ -13,6 +13,7 @@ uv run evaluate.py --help
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -98,17 +99,18 @@ def linear(job: Linear, log: RunLog) -> int:
     amp_dtype = getattr(torch, job.precision)
     trained = tune(subject, job, name, train, tuning, job.batch_size, amp_dtype)
     scores = model.accuracies(subject.backbone, trained, subject.views(test, "testing"), amp_dtype)
-    best = max(range(len(heads)), key=lambda i: scores[i]["top1"] if scores[i]["top1"] >= 0 else -1)  # NaN: diverged
+    best = max(range(len(heads)), key=lambda i: scores[i]["top1"] if math.isfinite(scores[i]["loss"]) else -1)
     each = [{"lr": lr, "weight decay": decay} | score for (lr, decay), score in zip(heads, scores, strict=True)]
     setup = counts(train) | {"batch": job.batch_size, "precision": job.precision} | protocol.setup
     setup |= {name: each[best][name] for name in ("lr", "weight decay")}
     stores = {"train": train, "test": test}
+    kept = keep(subject, trained[best], scores[best], train, f"{name}.safetensors")
     record(subject, name, job, scores[best], setup, job.published(), stores, heads=each)
     if len(heads) > 1:
         figures = {f"lr {h['lr']:g}, weight decay {h['weight decay']:g}": h for h in each}
         log.table({pair: f"{h['top1']:.2f} / {h['top5']:.2f}" for pair, h in figures.items()})
         log.say("The best was chosen by the images that it was tested on, which makes its figure a little high.")
-    keep(subject, trained[best], train, f"{name}.safetensors")
+    done(subject, kept)
     return 0
 
 
@@ -135,8 +137,9 @@ def semisup(job: Semisup, log: RunLog) -> int:
     (score,) = model.accuracies(subject.backbone, [head], subject.views(test, "testing"))
     setup = counts(train) | {"labelled images": len(labelled)} | protocol.setup
     stores = {"train": train, "labelled": labelled, "test": test}
+    kept = keep(subject, head, score, train, f"{name}.safetensors")
     record(subject, name, job, score, setup, job.published(share), stores)
-    keep(subject, head, train, f"{name}.safetensors")
+    done(subject, kept)
     return 0
 
 
@@ -260,16 +263,25 @@ def tune(
     return heads
 
 
-def keep(subject: Subject, head: nn.Linear, train: Store, name: str) -> None:
-    """The network and its classifier, for `predict`."""
+def keep(subject: Subject, head: nn.Linear, score: dict[str, float], train: Store, name: str) -> Path:
+    """Writes the network and its classifier, for `predict`. FloatingPointError where they have diverged."""
     import model
 
+    if not math.isfinite(score["loss"]):
+        raise FloatingPointError("what was trained gives scores that are not finite: lower learning rates may help")
     state = {key: value.detach().cpu() for key, value in head.state_dict().items()}
-    weights = model.Weights("twinfeed", subject.backbone.state_dict(), {}, state, train.classes, subject.size)
-    model.export(weights, "safetensors", subject.folder / name)
-    (subject.folder / name).with_suffix(".unfinished.pt").unlink(missing_ok=True)
-    path = printable(str(subject.folder / name))
-    subject.log.say(f"to use it: uv run evaluate.py predict --checkpoint {path} IMAGE...")
+    weights = model.Weights(
+        subject.weights.layout, subject.backbone.state_dict(), {}, state, train.classes, subject.size
+    )
+    path = subject.folder / name
+    model.export(weights, "safetensors", path)
+    return path
+
+
+def done(subject: Subject, kept: Path) -> None:
+    """Once the results are on the disk, there is nothing to be resumed."""
+    kept.with_suffix(".unfinished.pt").unlink(missing_ok=True)
+    subject.log.say(f"to use it: uv run evaluate.py predict --checkpoint {printable(str(kept))} IMAGE...")
 
 
 def counts(train: Store) -> dict[str, Any]:
