@@ -38,8 +38,11 @@ class Subject:
             backbone = model.load_backbone(self.weights, config.checkpoint)
         self.backbone = backbone.to(self.device).to(memory_format=torch.channels_last).eval()
         self.size = config.size or self.weights.size or 224
-        ours = config.checkpoint if config.checkpoint.is_dir() else config.checkpoint.parent
-        run = ours if (ours / "config.json").exists() else Path("runs") / config.checkpoint.stem
+        path = config.checkpoint
+        ours = path if path.is_dir() else path.parent
+        run = ours if (ours / "config.json").exists() else Path("runs") / path.stem
+        if run == path.parent and path.name not in ("checkpoint.pt", "backbone.pth", "backbone.safetensors"):
+            run = run / path.stem  # weights of an earlier step, or tuned since: results of their own
         self.folder = config.output or run
         name = backbone.name + f" of width {backbone.width}" * (backbone.width != 64)
         self.setup: dict[str, Any] = {"backbone": name, "view, px": self.size}
@@ -127,5 +130,9 @@ def open_images(images: Images, log: RunLog) -> tuple[Store, Store]:
     test = images.test or test
     if test is None:
         raise ValueError(f"{train} has no val/ or test/ beside its train/: name images to test on with --test")
-    train_store = open_store(train, log)
-    return train_store, pipeline.with_classes(open_store(test, log), train_store.classes)
+    stores = open_store(train, log), open_store(test, log)
+    for store in stores:
+        if len(bare := (store.index["label"] < 0).nonzero()[0]):
+            few = f"{store.name(int(bare[0]))}, as {len(bare):,} of {len(store):,} images"
+            raise ValueError(f"labels are needed, but {few}, has none: put the images into a sub-folder for each class")
+    return stores[0], pipeline.with_classes(stores[1], stores[0].classes)
