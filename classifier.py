@@ -52,7 +52,9 @@ class Classifier:
             train = find_demo(subject.log)[0]
         if train is None:
             raise ValueError(
-                f"{subject.checkpoint} has no classifier: name images with labels that vote, with --train, or "
+                "name the images among which neighbours are looked for, with --train"
+                if self._head
+                else f"{subject.checkpoint} has no classifier: name images with labels that vote, with --train, or "
                 "train one, with evaluate.py linear"
             )
         self._store = pipeline.at_most(_BANK, open_store(pipeline.find_splits(train)[0], subject.log))

@@ -118,11 +118,11 @@ def semisup(job: Semisup, log: RunLog) -> int:
 
     train, test = open_images(job.images, log)
     try:
-        labelled = pipeline.balanced(train, float(job.labels), job.images.seed)
-    except ValueError as error:
-        if not Path(job.labels).is_file():
-            raise ValueError(f"--labels {job.labels}: {error}") from None
+        fraction = float(job.labels)
+    except ValueError:
         labelled = pipeline.listed(train, Path(job.labels))
+    else:
+        labelled = pipeline.balanced(train, fraction, job.images.seed)
     share, (_, protocol) = len(labelled) / len(train), job.protocol()
     name = f"semisup-{100 * share:.3g}percent"
     milestones = protocol.milestones or None
@@ -175,6 +175,7 @@ def svm(job: Svm, log: RunLog) -> int:
 def predict(job: Predict, log: RunLog) -> int:
     """Classes and scores of images."""
     log.console.quiet |= job.json
+    log.console.stderr = job.json  # what is said even so: which training images could not be read
     if not job.pictures and job.network.checkpoint != protocols.DEMO_RUN:
         raise ValueError("name images to predict: evaluate.py predict --checkpoint W IMAGE...")
     classifier = Classifier(
@@ -261,7 +262,8 @@ def keep(subject: Subject, head: nn.Linear, train: Store, name: str) -> None:
     import model
 
     state = {key: value.detach().cpu() for key, value in head.state_dict().items()}
-    weights = model.Weights("twinfeed", subject.backbone.state_dict(), {}, state, train.classes, subject.size)
+    layout = subject.weights.layout  # by which solo-learn's small stem is known
+    weights = model.Weights(layout, subject.backbone.state_dict(), {}, state, train.classes, subject.size)
     model.export(weights, "safetensors", subject.folder / name)
     (subject.folder / name).with_suffix(".unfinished.pt").unlink(missing_ok=True)
     path = printable(str(subject.folder / name))

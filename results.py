@@ -71,7 +71,10 @@ def differences(setup: dict[str, Any], published: Published | None) -> list[str]
 
 def compare(runs: Sequence[Path], log: RunLog) -> int:
     """One table of all that lies in these folders; the exit status. ValueError for one without results."""
-    found = [(_name(run), result) for run in runs for result in _read(run)]
+    names = [printable(run.resolve().name) for run in runs]
+    if len(set(names)) < len(names):
+        names = [printable(str(run)) for run in runs]
+    found = [(name, result) for name, run in zip(names, runs, strict=True) for result in _read(run)]
     log.console.print(_table(found))
     for source in dict.fromkeys(result["published"]["source"] for _, result in found if result["published"]):
         several = [
@@ -101,10 +104,6 @@ def _read(run: Path) -> list[dict[str, Any]]:
     if not found:
         raise ValueError(f"{run} holds no results: evaluate something first, like: evaluate.py knn --checkpoint {run}")
     return found
-
-
-def _name(run: Path) -> str:
-    return printable(run.resolve().name)
 
 
 def _table(found: Sequence[tuple[str, dict[str, Any]]]) -> Table:

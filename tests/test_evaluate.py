@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -163,6 +164,7 @@ def test_semisup_tunes_the_network(evaluate: Train, common: list[Any], run: Path
     assert values["images"]["labelled"]["images"] == 6
     assert values["setup"]["backbone lr"] == {"paper": 0.002, "authors": 0.005}[preset]
     assert values["published"]["results"] == {"top1": 69.7, "top5": 89.3}
+    assert ("backbone lr 0.005, not 0.002" in values["differs"]) == (preset == "authors")  # the figures are the paper's
     from safetensors.torch import load_file
 
     tuned = load_file("out/semisup-10percent.safetensors")
@@ -228,6 +230,50 @@ def test_predict_by_a_vote_and_its_neighbours(evaluate: Train, run: Path, data: 
     assert "".join(text.split()).count("train_004.jpg") == 2  # long paths are folded
 
 
+def test_predict_prints_json_alone_and_says_what_neighbours_need(
+    evaluate: Train, run: Path, data: Path, tmp_path: Path
+) -> None:
+    image, run = data / "val" / "class2" / "val_002.jpg", Path(shutil.copytree(run, "run"))
+    shutil.copytree(data / "train", tmp_path / "damaged")
+    (tmp_path / "damaged" / "class0" / "bad.jpg").write_bytes(b"no image")
+    command = [sys.executable, ROOT / "evaluate.py", "predict", "--checkpoint", run, "--json", *QUICK, image]
+    said = subprocess.run([*command, "--train", tmp_path / "damaged"], capture_output=True, text=True, check=True)
+    assert len(json.loads(said.stdout)) == 1
+    assert "bad.jpg" in said.stderr
+    assert (
+        evaluate("linear", "--checkpoint", run, "--train", data, "--epochs", "1", "--batch-size", "20", *QUICK)[0] == 0
+    )
+    head = run / "linear-imagenet.safetensors"
+    refused(
+        evaluate("predict", "--checkpoint", head, image, "--neighbours", *QUICK), "error: name the images", "--train"
+    )
+
+
+def test_the_classifier_of_solo_learns_small_stem_keeps_its_border(evaluate: Train, data: Path) -> None:
+    """Two pixels: with one, as everywhere else, `predict` would look at other features than `linear`."""
+    from model import Weights, build_backbone, export
+
+    weights = Weights("solo-learn", build_backbone("resnet18", 8, small_stem=True).state_dict(), {}, {}, [], 16)
+    export(weights, "safetensors", Path("cifar.safetensors"))
+    options = ["--epochs", "1", "--batch-size", "20", "--output", "out", *QUICK]
+    assert evaluate("linear", "--checkpoint", "cifar.safetensors", "--train", data, *options)[0] == 0
+    load_classifier = importlib.import_module("evaluate").load_classifier
+    kept = load_classifier("out/linear-imagenet.safetensors", device="cpu")
+    assert kept._subject.backbone.conv1.padding == (2, 2)
+
+
+def test_other_weights_in_the_folder_of_a_run_leave_its_results_alone(evaluate: Train, run: Path, data: Path) -> None:
+    common, run = ["--train", data, *QUICK], Path(shutil.copytree(run, "run"))
+    assert evaluate("knn", "--checkpoint", run, *common)[0] == 0
+    before = (run / "knn.json").read_bytes()
+    shutil.copy(run / "backbone.safetensors", run / "tuned.safetensors")
+    assert evaluate("knn", "--checkpoint", run / "tuned.safetensors", *common, "--k", "3")[0] == 0
+    assert (run / "knn.json").read_bytes() == before
+    assert json.loads((run / "tuned" / "knn.json").read_text())["setup"]["k"] == 3
+    assert evaluate("knn", "--checkpoint", run / "backbone.safetensors", *common, "--k", "3")[0] == 0
+    assert (run / "knn.json").read_bytes() != before
+
+
 def test_load_classifier_takes_paths_pictures_and_arrays(
     run: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +319,10 @@ def test_compare_puts_runs_side_by_side(evaluate: Train, run: Path, data: Path) 
     ]
     assert line.split()[2:6] == [*figures, "-", "45.6"]
     assert "pretraining's end: knn_top1" in text
+    shutil.copytree("other", "again/one")  # of the same name, which is not the same run
+    status, text = evaluate("compare", "one", "again/one")
+    assert status == 0, text
+    assert text.splitlines()[0].split()[:3] == ["evaluation", "one", "again/one"]
     Path("empty").mkdir()
     refused(evaluate("compare", "one", "empty"), "empty", "holds no results")
     refused(evaluate("compare", "absent"), "absent", "no folder")
@@ -291,6 +341,7 @@ def test_data_that_cannot_be_evaluated_on(
         return evaluate(*command, "--checkpoint", run, "--output", "out", *QUICK, *arguments)
 
     refused(tried("--train", flat, "--test", flat), "labels")
+    refused(tried("--train", flat, "--test", data / "val"), "labels are needed", str(flat))
     refused(tried("--train", data / "train"), "--test")
     refused(tried("--train", "nowhere"), "nowhere")
     write_photos(Path("other"), 8, classes=4)
@@ -349,7 +400,7 @@ def test_an_image_that_cannot_be_read(evaluate: Train, run: Path, data: Path) ->
         ("linear --lr 0.1 -1", "--lr"),
         ("linear --weight-decay -1", "--weight-decay"),
         ("semisup --labels 1.5", "1.5"),
-        ("semisup --labels nowhere.txt", "nowhere.txt"),
+        ("semisup --labels nowhere.txt", "nowhere.txt: No such file"),
         ("semisup --batch-size 0", "--batch-size is 0"),
         ("knn --size 0", "--size is 0"),
         ("knn --threads 0", "--threads is 0"),
