@@ -52,12 +52,15 @@ class Classifier:
             train = find_demo(subject.log)[0]
         if train is None:
             raise ValueError(
-                f"{subject.checkpoint} has no classifier: name images with labels that vote, with --train, or "
+                "name the images among which neighbours are looked for, with --train"
+                if self._head
+                else f"{subject.checkpoint} has no classifier: name images with labels that vote, with --train, or "
                 "train one, with evaluate.py linear"
             )
         store = open_store(pipeline.find_splits(train)[0], subject.log)
-        self._store = pipeline.at_most(_BANK, store if self._head else pipeline.with_labels(store))
+        self._store = pipeline.at_most(_BANK, store)
         if not self._head:
+            pipeline.check_labels(store)
             self.classes = self._store.classes
             self.how = f"a vote of the {k} most alike of {len(self._store):,} training images"
         self._bank, self._bank_labels, self._bank_samples = subject.features(self._store, f"looking at {train}")

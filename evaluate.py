@@ -102,7 +102,7 @@ def linear(job: Linear, log: RunLog) -> int:
     best = max(range(len(heads)), key=lambda i: scores[i]["top1"] if math.isfinite(scores[i]["loss"]) else -1)
     each = [{"lr": lr, "weight decay": decay} | score for (lr, decay), score in zip(heads, scores, strict=True)]
     setup = counts(train) | {"batch": job.batch_size, "precision": job.precision} | protocol.setup
-    setup |= {name: each[best][name] for name in ("lr", "weight decay")}
+    setup |= {name: each[best][name] for name in ("lr", "weight decay")} | {"classifiers tried": len(heads)}
     stores = {"train": train, "test": test}
     kept = keep(subject, trained[best], scores[best], train, f"{name}.safetensors")
     record(subject, name, job, scores[best], setup, job.published(), stores, heads=each)
@@ -122,12 +122,13 @@ def semisup(job: Semisup, log: RunLog) -> int:
 
     train, test = open_images(job.images, log)
     try:
-        labelled = pipeline.balanced(train, float(job.labels), job.images.seed)
-    except ValueError as error:
+        fraction = float(job.labels)
+    except ValueError:
         if not Path(job.labels).is_file():
-            why = str(error) if "fraction" in str(error) else "neither a fraction nor a file that is there"
-            raise ValueError(f"--labels {job.labels}: {why}") from None
+            raise ValueError(f"--labels {job.labels}: neither a fraction nor a file that is there") from None
         labelled = pipeline.listed(train, Path(job.labels))
+    else:
+        labelled = pipeline.balanced(train, fraction, job.images.seed)
     share, (_, protocol) = len(labelled) / len(train), job.protocol()
     name = f"semisup-{100 * share:.3g}percent"
     milestones = protocol.milestones or None
@@ -181,6 +182,7 @@ def svm(job: Svm, log: RunLog) -> int:
 def predict(job: Predict, log: RunLog) -> int:
     """Classes and scores of images."""
     log.console.quiet |= job.json
+    log.console.stderr = job.json  # what is said even so: which training images could not be read
     if not job.pictures and job.network.checkpoint != protocols.DEMO_RUN:
         raise ValueError("name images to predict: evaluate.py predict --checkpoint W IMAGE...")
     subject = Subject(job.network, log, writes=False)
@@ -240,10 +242,12 @@ def tune(
         raise ValueError(f"{unfinished} is not there: --resume has nothing to go on from")
     subject.folder.mkdir(parents=True, exist_ok=True)
     settings = {"images": pipeline.fingerprint(train), "weights": subject.digest(), "view": subject.size}
+    losses: list[float] = []  # of each classifier in the last epoch
     with subject.log.bar(name) as bar:
 
         def batches(epoch: int) -> Iterator[Batch]:
-            reading = f"epoch {epoch + 1} of {tuning.epochs}"
+            loss = f", loss {min(losses):.4g} in the last" if losses else ""
+            reading = f"epoch {epoch + 1} of {tuning.epochs}{loss}"
             for step, batch in enumerate(loader.epoch(epoch), epoch * len(loader) + 1):
                 yield batch
                 bar(step, tuning.epochs * len(loader), reading)
@@ -257,9 +261,10 @@ def tune(
             settings=settings | {"batch": batch_size},
             checkpoint=unfinished,
             resume=job.resume,
+            progress=lambda done, means: losses.__setitem__(slice(None), means),
             amp_dtype=amp_dtype or torch.float32,
         )
-    subject.say_bad(loader)
+    subject.say_bad(loader, "replaced, since it does not decode:")
     return heads
 
 
@@ -270,8 +275,9 @@ def keep(subject: Subject, head: nn.Linear, score: dict[str, float], train: Stor
     if not math.isfinite(score["loss"]):
         raise FloatingPointError("what was trained gives scores that are not finite: lower learning rates may help")
     state = {key: value.detach().cpu() for key, value in head.state_dict().items()}
-    weights = model.Weights(
-        subject.weights.layout, subject.backbone.state_dict(), {}, state, train.classes, subject.size
+    # Of the same layout, by which solo-learn's small stem is known, and of the same pretraining
+    weights = replace(
+        subject.weights, backbone=subject.backbone.state_dict(), head=state, classes=train.classes, size=subject.size
     )
     path = subject.folder / name
     model.export(weights, "safetensors", path)

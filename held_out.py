@@ -28,14 +28,15 @@ def open_stores(preset: str, config: Pretrain, log: RunLog) -> tuple[Store, Stor
     else:
         raise ValueError(f"{preset} needs images: --data DIR or FILE")
     train_store = open_store(train_folder, log)
-    if not train_store.classes:
-        log.say(f"{train_folder} has no labels (or images beside class folders): no kNN test, which needs them")
+    if not train_store.classes or (train_store.index["label"] < 0).any():
+        lacks = "images without labels" if train_store.classes else "no labels (or images beside class folders)"
+        log.say(f"{train_folder} has {lacks}: no kNN test, which needs them")
         return train_store, None
     if test_folder is not None:
         test_store = open_store(test_folder, log)
-        if test_store.classes == train_store.classes:
+        if test_store.classes == train_store.classes and (test_store.index["label"] >= 0).all():
             return train_store, test_store
-        log.say(f"{test_folder} has other classes than {train_folder}: not used")
+        log.say(f"{test_folder} has not the classes of {train_folder}, or images without: not used")
     share = min(config.data.hold_out, _QUERIES / len(train_store))
     train_part, test_part = pipeline.hold_out(train_store, share, config.run.seed)
     log.say(f"{len(test_part):,} images are kept out of training for the kNN test (--hold-out)")

@@ -23,13 +23,15 @@ class Published(NamedTuple):
     setup: dict[str, Any]
 
 
-_RESNET50 = {"backbone": "resnet50", "view, px": 224}
+_RESNET50 = {"backbone": "resnet50", "pretraining epochs": 1000, "view, px": 224}
 _IMAGENET = _RESNET50 | {"training images": 1_281_167, "classes": 1000}
 _PLACES = _RESNET50 | {"training images": 2_448_873, "classes": 205}
 _INAT = _RESNET50 | {"training images": 437_513, "classes": 8142}
 _PAPER = "the paper, 1000 epochs"
 
-KNN_PUBLISHED = Published("lightly, 100 epochs", {"knn_top1": 45.6}, _IMAGENET | {"k": 200, "temperature": 0.1})
+KNN_PUBLISHED = Published(
+    "lightly, 100 epochs", {"knn_top1": 45.6}, _IMAGENET | {"pretraining epochs": 100, "k": 200, "temperature": 0.1}
+)
 SVM_PUBLISHED = Published(
     _PAPER, {"map": 86.2}, _RESNET50 | {"training images": 5011, "test images": 4952, "classes": 20}
 )
@@ -61,7 +63,9 @@ _TRANSFER = LinearProtocol(14, 0.01, 5e-4, Published(_PAPER, {"top1": 54.1}, _PL
 
 LINEAR = {
     "imagenet": _LINEAR,
-    "mmpretrain": _LINEAR._replace(published=Published("mmpretrain, 300 epochs", {"top1": 71.80}, _IMAGENET)),
+    "mmpretrain": _LINEAR._replace(
+        published=Published("mmpretrain, 300 epochs", {"top1": 71.80}, _IMAGENET | {"pretraining epochs": 300})
+    ),
     "places205": _TRANSFER,
     "inat18": _TRANSFER._replace(epochs=84, milestones=(28, 56), published=Published(_PAPER, {"top1": 46.5}, _INAT)),
     "demo": _LINEAR._replace(epochs=10),
@@ -182,7 +186,7 @@ class Linear:
         """What is to be reached, and by what."""
         name = self.protocol()[0]
         protocol = LINEAR["imagenet" if name == "demo" else name]
-        setup = {"batch": 256, "precision": "float32"} | protocol.setup
+        setup = {"batch": 256, "precision": "float32", "classifiers tried": 1} | protocol.setup
         return protocol.published._replace(setup=protocol.published.setup | setup)
 
 
@@ -217,9 +221,8 @@ class Semisup:
 
     def published(self, share: float) -> Published | None:
         """What is to be reached with labels for this share of the images, and by what."""
-        name, found = self.protocol()[0], SEMISUP_PUBLISHED.get(round(100 * share))
-        protocol = SEMISUP["paper" if name == "demo" else name]
-        return found and found._replace(setup=found.setup | protocol.setup)
+        found = SEMISUP_PUBLISHED.get(round(100 * share))
+        return found and found._replace(setup=found.setup | SEMISUP["paper"].setup)
 
 
 @dataclass(frozen=True)

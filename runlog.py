@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -223,8 +224,17 @@ def printable(name: str) -> str:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")
+    temporary.write_text(json.dumps(_finite(values), indent=2, default=str) + "\n")
     os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    """null for what is not a finite number, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 SKIPPED_IN_A_ROW = 16  # steps that end a run: as often as float16's first scale can halve before it is 1

@@ -42,15 +42,20 @@ class Subject:
             backbone = model.load_backbone(self.weights, config.checkpoint)
         self.backbone = backbone.to(self.device).to(memory_format=torch.channels_last).eval()
         self.size = config.size or self.weights.size or 224
-        ours = config.checkpoint if config.checkpoint.is_dir() else config.checkpoint.parent
-        is_run = {"config.json", "metrics.jsonl"} <= {path.name for path in ours.iterdir()}  # others have one of them
-        run = ours if is_run else Path("runs") / config.checkpoint.stem
+        path = config.checkpoint
+        ours = path if path.is_dir() else path.parent
+        is_run = {"config.json", "metrics.jsonl"} <= {entry.name for entry in ours.iterdir()}  # others have one of them
+        run = ours if is_run else Path("runs") / path.stem
+        if run == path.parent and path.name not in ("checkpoint.pt", "backbone.pth", "backbone.safetensors"):
+            run = run / path.stem  # weights of an earlier step, or tuned since: results of their own
         self.folder = config.output or run
         there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if writes and not (there.is_dir() and os.access(there, os.W_OK)):  # known now, not after hours
             raise ValueError(f"{there} is no folder that can be written to: name another with --output")
         name = backbone.name + f" of width {backbone.width}" * (backbone.width != 64)
+        name += " with a small stem" * (backbone.conv1.kernel_size == (3, 3))
         self.setup: dict[str, Any] = {"backbone": name, "view, px": self.size}
+        self.setup["pretraining epochs"] = self.weights.epochs
         log.say(f"{config.checkpoint}: {name}, {self.weights.layout}; views of {self.size} px; {self.device_name}")
 
     def about(self, stores: dict[str, Store]) -> dict[str, Any]:
@@ -99,13 +104,12 @@ class Subject:
         loader = self.open_loader(store, recipe or pipeline.center_view(self.size))
         with self.log.bar(what) as bar:
             yield from counted(loader.epoch(0), len(loader), bar)
-        self.say_bad(loader)
+        self.say_bad(loader, "left out")
         if len(loader.bad) == len(store):
             raise ValueError(f"none of the {len(store):,} images can be read, the first: {store.name(0)}")
 
-    def say_bad(self, loader: Loader) -> None:
-        bad = {loader.store.name(sample): reason for sample, reason in loader.bad.items()}
-        self.log.say_rejects("left out", bad)
+    def say_bad(self, loader: Loader, what: str) -> None:
+        self.log.say_rejects(what, {loader.store.name(sample): reason for sample, reason in loader.bad.items()})
 
     def features(self, store: Store, what: str, recipe: Recipe | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Pooled features [n, F] of every image that can be read, its label [n] and its position in the store [n]."""
@@ -135,5 +139,7 @@ def open_images(images: Images, log: RunLog) -> tuple[Store, Store]:
     test = images.test or test
     if test is None:
         raise ValueError(f"{train} has no val/ or test/ beside its train/: name images to test on with --test")
-    train_store, test_store = pipeline.with_labels(open_store(train, log)), open_store(test, log)
-    return train_store, pipeline.with_labels(pipeline.with_classes(test_store, train_store.classes))
+    stores = open_store(train, log), open_store(test, log)
+    for store in stores:
+        pipeline.check_labels(store)
+    return stores[0], pipeline.with_classes(stores[1], stores[0].classes)

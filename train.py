@@ -231,7 +231,7 @@ def pretrain(
     checkpoints.finish()
 
     # ── proof and export ─────────────────────────────────────────────────────────────────────────────────────────────
-    exported = barlow.export_backbone(model.backbone, run, config.data.size)
+    exported = barlow.export_backbone(model.backbone, run, config.data.size, config.optim.epochs)
     names = ("knn_top1_untrained", "knn_top1_pixels", "knn_top1_colour", "knn_top1_trained")
     scores: dict[str, float | None] = dict.fromkeys(names)
     if held_out:

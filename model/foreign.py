@@ -6,7 +6,7 @@ and has three kinds of answers: types of numbers; functions of ours that make te
 bytes; and, for all other names, a new class that keeps what it is given. The program calls these alone, or what they
 return. None can be changed for later readers: methods, built-in types, and classes with a `__setstate__`, which pickle
 calls in place of setting attributes. `torch.load` is not asked: told to accept foreign classes, it runs TorchScript,
-unpacks tar files and writes patches where a file says so. Nothing is allotted beyond the size of the file.
+unpacks tar files and writes patches where a file says so. No tensor has more memory than the file has bytes.
 """
 
 from __future__ import annotations
@@ -165,6 +165,8 @@ class _Reader(pickle.Unpickler):
         if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            if re.match("q|bits", name):  # as_strided crashes with a tensor of these that has no quantizer
+                raise _Refused(f"holds quantised numbers ({name}): save the weights in floating point")
             return dtype
         if known := self._known.get(f"{module}.{name}"):
             return known
@@ -178,8 +180,10 @@ class _Reader(pickle.Unpickler):
         kind, dtype, key, _, count, *view = saved_id
         if kind != "storage" or not isinstance(dtype, torch.dtype) or self._storage is None:
             raise pickle.UnpicklingError("it keeps something else than numbers beside its pickle")
-        data = self._storage(key, count * dtype.itemsize, dtype)
-        flat = torch.frombuffer(data or bytearray(16), dtype=dtype)[:count]  # a buffer, that torch cannot make larger
+        # One memory for all that is called the same, whatever object says so
+        data = self._storage(str(key), count * dtype.itemsize, dtype)
+        # Of a buffer, even if empty: nothing in torch will make it larger.
+        flat = torch.frombuffer(data or bytearray(dtype.itemsize), dtype=dtype)[: len(data) // dtype.itemsize]
         if view and view[0] is not None:
             _, first, count = view[0]
             flat = flat[first : first + count]

@@ -51,9 +51,10 @@ def train_heads(
 ) -> list[nn.Linear]:
     """A linear classifier for each of `tuning.heads`, all from the same start (`seed`), on the backbone's device.
 
-    epoch_batches(epoch): its batches, all labelled, the first view of which is used. A frozen backbone looks at each
-    once for all heads, in `amp_dtype`, and ends as it was, to the bit; heads that diverge (their loss is NaN) leave the
-    others alone. A tuned one is changed; that is in float32. progress(epochs done, mean loss of each head).
+    epoch_batches(epoch): its batches, all labelled (that is not looked at: a GPU would be waited for at each step), the
+    first view of which is used. A frozen backbone looks at each once for all heads, in `amp_dtype`, and ends as it was,
+    to the bit; heads that diverge (their loss is NaN) leave the others alone. A tuned one is changed; that is in
+    float32. progress(epochs done, mean loss of each head).
 
     After each epoch everything is saved to `checkpoint`, from where `resume` goes on to the same bits; a finished one
     stays, and gives the same heads at once. `settings` (plain values) are what else has to be the same for that, the
@@ -91,7 +92,6 @@ def train_heads(
         backbone.train(tuned)
         total, images = torch.zeros(len(heads), dtype=torch.float64, device=weight.device), 0
         for (view, *_), labels, _ in epoch_batches(epoch):
-            assert int(labels.min()) >= 0
             with torch.set_grad_enabled(tuned):
                 features = _features(backbone, view, amp_dtype)
             losses = torch.stack([F.cross_entropy(head(features), labels) for head in heads])
@@ -127,7 +127,6 @@ def accuracies(
     found = torch.zeros(len(heads), 3, dtype=torch.float64, device=backbone.conv1.weight.device)
     images = 0
     for (view, *_), labels, _ in batches:
-        assert int(labels.min()) >= 0
         features = _features(backbone, view, amp_dtype)
         for head, sums in zip(heads, found, strict=True):
             scores = head(features)

@@ -32,6 +32,7 @@ class Weights:
     head: dict[str, Tensor]  # "weight" [C, F] and "bias" [C] of a linear classifier; {} where there is none
     classes: list[str]  # names of its outputs; [] where the file does not say
     size: int | None  # side of the views that it was trained with, pixels, where the file says
+    epochs: int | None = None  # of its pretraining, where the file says
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def _detectron2_file(entries: dict[str, Tensor], weights: Weights) -> bytes:
 
 
 def _safetensors_file(entries: dict[str, Tensor], weights: Weights) -> bytes:
-    about = {"size": weights.size, "classes": weights.classes, "layout": weights.layout}
+    names = ("size", "classes", "layout", "epochs")
+    about = {name: getattr(weights, name) for name in names}
     return safetensors.torch.save(entries, {"twinfeed": json.dumps(about)})
 
 
@@ -164,7 +166,8 @@ def find_weights(content: Any, path: Path) -> Weights:
         raise ValueError(f"{path} is damaged: what it says about itself is no JSON: {error}") from None
     layout = about["layout"] if str(about.get("layout")) in LAYOUTS else layout
     named = len(about["classes"]) == len(parts["head"].get("weight", ()))
-    weights = Weights(layout, **parts, classes=about["classes"] if named else [], size=about["size"])
+    classes = about["classes"] if named else []
+    weights = Weights(layout, **parts, classes=classes, size=about["size"], epochs=about["epochs"])
     _empty_backbone(weights, path, unknown)
     return weights
 
@@ -229,12 +232,13 @@ def export(weights: Weights, layout: str, path: Path) -> None:
     write_atomically(path, write(entries, weights))
 
 
-def export_backbone(backbone: Backbone, folder: Path, size: int | None = None) -> Path:
+def export_backbone(backbone: Backbone, folder: Path, size: int | None = None, epochs: int | None = None) -> Path:
     """Write the backbone as `backbone.safetensors` (returned) and `backbone.pth`, a torchvision `state_dict`.
 
     Both have torchvision's names without `fc`, contiguous float tensors on the CPU. size: of the views, pixels.
+    epochs: of the pretraining.
     """
-    weights = Weights("twinfeed", backbone.state_dict(), {}, {}, [], size)
+    weights = Weights("twinfeed", backbone.state_dict(), {}, {}, [], size, epochs)
     path = folder / "backbone.safetensors"
     export(weights, "safetensors", path)
     export(weights, "torchvision", folder / "backbone.pth")
@@ -264,14 +268,21 @@ def _is_linear(name: str, value: Tensor) -> bool:
 
 
 def _about(content: dict[str, Any]) -> dict[str, Any]:
-    """ "size", "classes" and "layout", as far as the file says."""
+    """ "size", "classes", "layout" and "epochs", as far as the file says."""
     meta, about = _dict(content.get("meta")), _dict(content.get("settings"))
+    epochs = content.get("epoch") if "model" in content else None  # the authors'
+    step, images, batch = content.get("step"), about.get("images"), about.get("batch_size")
+    if isinstance(step, int) and isinstance(images, int) and isinstance(batch, int) and images >= batch > 0:  # ours
+        epochs = step // (images // batch)
     if ours := _dict(content.get("__metadata__")).get("twinfeed"):
         about = _dict(json.loads(ours))
+        epochs = about.get("epochs")
     # mmpretrain's, and before 1.0
     classes = about.get("classes") or _dict(meta.get("dataset_meta")).get("classes") or meta.get("CLASSES")
     size = about.get("size") if isinstance(about.get("size"), int) else None
-    return about | {"classes": [*map(str, classes)] if isinstance(classes, list | tuple) else [], "size": size}
+    epochs = epochs if isinstance(epochs, int) else None
+    classes = [*map(str, classes)] if isinstance(classes, list | tuple) else []
+    return about | {"classes": classes, "size": size, "epochs": epochs}
 
 
 def _dict(value: Any) -> dict[str, Any]:

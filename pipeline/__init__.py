@@ -29,10 +29,10 @@ from .stores import (
     at_most,
     balanced,
     cache_folder,
+    check_labels,
     fingerprint,
     hold_out,
     with_classes,
-    with_labels,
 )
 from .stores.demo import demo_folder
 from .stores.folder import FolderStore, find_splits, listed
@@ -60,6 +60,7 @@ __all__ = [
     "barlow_twins",
     "cache_folder",
     "center_view",
+    "check_labels",
     "crop_view",
     "demo_devkit",
     "demo_folder",
@@ -78,7 +79,6 @@ __all__ = [
     "view_picture",
     "whole_view",
     "with_classes",
-    "with_labels",
     "write_store",
 ]
 

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -80,6 +81,7 @@ def test_knn(evaluate: Train, common: list[Any], run: Path) -> None:
     assert 1 <= values["results"]["effective_rank"] <= 64
     assert values["setup"] == {
         "backbone": "resnet18 of width 8",
+        "pretraining epochs": 1,
         "view, px": 16,
         "training images": 60,
         "classes": 3,
@@ -127,6 +129,7 @@ def test_a_sweep_trains_each_pair_as_if_it_were_alone(evaluate: Train, common: l
     alone = found("linear-imagenet")["heads"][0]
     assert alone == {name: pytest.approx(value, rel=1e-4) for name, value in heads[3].items()}
     assert found("linear-imagenet-sweep")["results"]["top1"] == max(h["top1"] for h in heads)
+    assert "classifiers tried 4, not 1" in found("linear-imagenet-sweep")["differs"]
     assert len(protocols.parse(["linear", "--sweep"]).heads()) == 12  # type: ignore[union-attr]
 
 
@@ -167,6 +170,7 @@ def test_semisup_tunes_the_network(evaluate: Train, common: list[Any], run: Path
     assert values["images"]["labelled"]["images"] == 6
     assert values["setup"]["backbone lr"] == {"paper": 0.002, "authors": 0.005}[preset]
     assert values["published"]["results"] == {"top1": 69.7, "top5": 89.3}
+    assert ("backbone lr 0.005, not 0.002" in values["differs"]) == (preset == "authors")  # the figures are the paper's
     from safetensors.torch import load_file
 
     tuned = load_file("out/semisup-10percent.safetensors")
@@ -232,6 +236,50 @@ def test_predict_by_a_vote_and_its_neighbours(evaluate: Train, run: Path, data: 
     assert "".join(text.split()).count("train_004.jpg") == 2  # long paths are folded
 
 
+def test_predict_prints_json_alone_and_says_what_neighbours_need(
+    evaluate: Train, run: Path, data: Path, tmp_path: Path
+) -> None:
+    image, run = data / "val" / "class2" / "val_002.jpg", Path(shutil.copytree(run, "run"))
+    shutil.copytree(data / "train", tmp_path / "damaged")
+    (tmp_path / "damaged" / "class0" / "bad.jpg").write_bytes(b"no image")
+    command = [sys.executable, ROOT / "evaluate.py", "predict", "--checkpoint", run, "--json", *QUICK, image]
+    said = subprocess.run([*command, "--train", tmp_path / "damaged"], capture_output=True, text=True, check=True)
+    assert len(json.loads(said.stdout)) == 1
+    assert "bad.jpg" in said.stderr
+    assert (
+        evaluate("linear", "--checkpoint", run, "--train", data, "--epochs", "1", "--batch-size", "20", *QUICK)[0] == 0
+    )
+    head = run / "linear-imagenet.safetensors"
+    refused(
+        evaluate("predict", "--checkpoint", head, image, "--neighbours", *QUICK), "error: name the images", "--train"
+    )
+
+
+def test_the_classifier_of_solo_learns_small_stem_keeps_its_border(evaluate: Train, data: Path) -> None:
+    """Two pixels: with one, as everywhere else, `predict` would look at other features than `linear`."""
+    from model import Weights, build_backbone, export
+
+    weights = Weights("solo-learn", build_backbone("resnet18", 8, small_stem=True).state_dict(), {}, {}, [], 16)
+    export(weights, "safetensors", Path("cifar.safetensors"))
+    options = ["--epochs", "1", "--batch-size", "20", "--output", "out", *QUICK]
+    assert evaluate("linear", "--checkpoint", "cifar.safetensors", "--train", data, *options)[0] == 0
+    load_classifier = importlib.import_module("evaluate").load_classifier
+    kept = load_classifier("out/linear-imagenet.safetensors", device="cpu")
+    assert kept._subject.backbone.conv1.padding == (2, 2)
+
+
+def test_other_weights_in_the_folder_of_a_run_leave_its_results_alone(evaluate: Train, run: Path, data: Path) -> None:
+    common, run = ["--train", data, *QUICK], Path(shutil.copytree(run, "run"))
+    assert evaluate("knn", "--checkpoint", run, *common)[0] == 0
+    before = (run / "knn.json").read_bytes()
+    shutil.copy(run / "backbone.safetensors", run / "tuned.safetensors")
+    assert evaluate("knn", "--checkpoint", run / "tuned.safetensors", *common, "--k", "3")[0] == 0
+    assert (run / "knn.json").read_bytes() == before
+    assert json.loads((run / "tuned" / "knn.json").read_text())["setup"]["k"] == 3
+    assert evaluate("knn", "--checkpoint", run / "backbone.safetensors", *common, "--k", "3")[0] == 0
+    assert (run / "knn.json").read_bytes() != before
+
+
 def test_load_classifier_takes_paths_pictures_and_arrays(
     run: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +325,10 @@ def test_compare_puts_runs_side_by_side(evaluate: Train, run: Path, data: Path) 
     ]
     assert line.split()[2:6] == [*figures, "-", "45.6"]
     assert "pretraining's end: knn_top1" in text
+    shutil.copytree("other", "again/one")  # of the same name, which is not the same run
+    status, text = evaluate("compare", "one", "again/one")
+    assert status == 0, text
+    assert text.splitlines()[0].split()[:3] == ["evaluation", "one", "again/one"]
     Path("empty").mkdir()
     refused(evaluate("compare", "one", "empty"), "empty", "holds no results")
     refused(evaluate("compare", "absent"), "absent", "no folder")
@@ -295,6 +347,7 @@ def test_data_that_cannot_be_evaluated_on(
         return evaluate(*command, "--checkpoint", run, "--output", "out", *QUICK, *arguments)
 
     refused(tried("--train", flat, "--test", flat), "labels")
+    refused(tried("--train", flat, "--test", data / "val"), "labels are needed", str(flat))
     refused(tried("--train", data / "train"), "--test")
     refused(tried("--train", "nowhere"), "nowhere")
     write_photos(Path("other"), 8, classes=4)
@@ -392,34 +445,39 @@ def test_test_images_none_of_which_can_be_read_are_no_result(
     assert status == 0, text
 
 
-@pytest.mark.parametrize("command", EVALUATIONS, ids=lambda command: command[0])
-def test_images_without_a_label_are_left_out(evaluate: Train, run: Path, data: Path, command: list[str]) -> None:
-    """As WebDataset shards can have them among others."""
+def test_some_images_without_a_label_among_others(
+    evaluate: Train, run_verb: Train, run: Path, data: Path, shards: Path
+) -> None:
+    """As WebDataset shards can have them: refused by evaluations, and no test behind a pretraining."""
+    common = ["--checkpoint", run, "--output", "out", *QUICK]
+    for command in EVALUATIONS:
+        refused(evaluate(*command, *common, "--train", shards), "labels are needed", "12 of 60 images")
+        refused(evaluate(*command, *common, "--train", data, "--test", shards / "val"), "labels are needed", "6 of 30")
+    picture = data / "val" / "class0" / "val_000.jpg"
+    refused(evaluate("predict", *common, "--train", shards, picture), "labels are needed", "12 of 60 images")
+    said = evaluate("predict", *common, "--train", data, picture, picture.parent)
+    refused(said, "is no file")
+    assert "looking at" not in said[1]  # 50,000 images, before it is said
+    assert not files()
+    status, text = run_verb("train", "--data", shards, "--epochs", "1", *TINY)
+    assert status == 0, text
+    assert "has images without labels: no kNN test" in text
+
+
+@pytest.fixture(scope="module")
+def shards(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images as WebDataset, every fifth without a label."""
+    root = tmp_path_factory.mktemp("shards")
     for split in ("train", "val"):
-        Path("shards", split).mkdir(parents=True)
-        with tarfile.open(f"shards/{split}/part-0.tar", "w") as tar:
+        (root / split).mkdir()
+        with tarfile.open(root / split / "part-0.tar", "w") as tar:
             for number, path in enumerate(sorted((data / split).rglob("*.jpg"))):
                 for suffix, content in ((".jpg", path.read_bytes()), (".cls", path.parent.name[-1:].encode())):
                     if suffix == ".jpg" or number % 5:
                         info = tarfile.TarInfo(f"{number:04d}{suffix}")
                         info.size = len(content)
                         tar.addfile(info, io.BytesIO(content))
-    options = ["--checkpoint", run, "--train", "shards", "--output", "out", *QUICK]
-    if command[0] == "semisup":
-        options += ["--batch-size", "20"]
-    status, text = evaluate(*command, *options)
-    assert status == 0, text
-    (path,) = Path("out").glob("*.json")
-    images = json.loads(path.read_text())["images"]
-    assert (images["train"]["images"], images["test"]["images"]) == (48, 24)
-    picture = data / "val" / "class0" / "val_000.jpg"
-    tried = ["predict", "--checkpoint", run, "--train", "shards", "--k", "60", *QUICK]
-    status, text = evaluate(*tried, picture)
-    assert status == 0, text
-    assert "of 48 training images" in text
-    said = evaluate(*tried, picture, picture.parent)
-    refused(said, "is no file")
-    assert "looking at" not in said[1]  # 50,000 images, before it is said
+    return root
 
 
 def test_compare_tells_folders_of_one_name_apart_and_survives_others_files(
@@ -531,7 +589,9 @@ def test_the_published_set_up_differs_in_nothing(name: str) -> None:
     job = protocols.parse(["linear", "--train", "x", "--preset", name])
     assert isinstance(job, protocols.Linear)
     data = {key: value for key, value in job.published().setup.items() if key in ("training images", "classes")}
-    network = {"backbone": "resnet50", "view, px": 224}
+    epochs = 300 if name == "mmpretrain" else 1000
+    network = {"backbone": "resnet50", "pretraining epochs": epochs, "view, px": 224}
     ((lr, decay),) = job.heads()
     setup = network | data | {"batch": job.batch_size, "precision": job.precision} | job.protocol()[1].setup
+    setup["classifiers tried"] = len(job.heads())
     assert results.differences(setup | {"lr": lr, "weight decay": decay}, job.published()) == []

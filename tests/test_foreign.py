@@ -431,6 +431,30 @@ def test_a_tensor_cannot_be_larger_than_its_storage_nor_that_than_the_file(progr
     unreadable(path)
 
 
+@pytest.mark.parametrize("name", ["quint8", "qint8", "qint32", "quint4x2", "bits8"])
+def test_quantised_numbers_are_refused(name: str, tmp_path: Path) -> None:
+    """To torch.as_strided, a tensor of these without a quantizer is a segmentation fault."""
+    program = storage_program(4, 4).replace(b"FloatStorage", name.encode())
+    for zipped in (True, False):
+        unreadable(with_pickle(tmp_path / "x.pt", program, zipped), "quantised", name)
+
+
+def test_memory_is_not_made_larger_nor_read_twice(tmp_path: Path) -> None:
+    """By BUILD, which calls Tensor.__setstate__ and so Tensor.set_; by keys that differ, though called the same."""
+    made = storage_program(0, 0).removeprefix(b"\x80\x02").removesuffix(b".")
+    larger = b"\x80\x02" + made + b"(" + made + b"I0\n(I1048576\nt(I1\nttb."
+    storage = b"(S'storage'\nctorch\nFloatStorage\nca\nb\n)RS'cpu'\nI4\ntQ"
+    for name, program, data in (("0", larger, b""), ("{}", b"\x80\x02(" + storage + storage + b"t.", bytes(16))):
+        with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+            archive.writestr("archive/data.pkl", program)
+            archive.writestr(f"archive/data/{name}", data)
+        if not data:
+            unreadable(tmp_path / "x.pt", "resize")
+        else:
+            a, b = read_foreign(tmp_path / "x.pt")
+            assert a.data_ptr() == b.data_ptr()
+
+
 def test_an_archive_that_unpacks_to_more_than_itself_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", storage_program(2**22, 4))

@@ -510,3 +510,22 @@ def test_an_export_that_cannot_be_says_why_and_leaves_nothing(ours: Weights, tmp
     with pytest.raises(ValueError, match=r"ends with \.pkl"):
         export(ours, "detectron2", tmp_path / "x.pth")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_epochs_of_a_pretraining_are_known_where_a_file_says_them(tmp_path: Path) -> None:
+    """The authors count those that are done; ours are the steps that are done."""
+    weights = resnet18().state_dict()
+    wrapped = {f"module.{name}": value for name, value in state(authors()).items()}
+    backbone = {f"backbone.{name}": value for name, value in weights.items() if not name.startswith("fc.")}
+    settings = {"images": 1000, "batch_size": 300, "epochs": 99, "size": 48}
+    files: dict[str, tuple[dict[str, Any], int | None]] = {
+        "authors.pth": ({"epoch": 7, "model": wrapped, "optimizer": {}}, 7),
+        "ours.pt": ({"step": 14, "settings": settings, "model": backbone}, 4),
+        "odd.pt": ({"step": 14, "settings": {"images": 3, "batch_size": "x"}, "model": backbone}, None),
+        "plain.pth": (weights, None),
+    }
+    for name, (content, epochs) in files.items():
+        torch.save(content, tmp_path / name)
+        assert read_weights(tmp_path / name).epochs == epochs, name
+    export(read_weights(tmp_path / "ours.pt"), "safetensors", tmp_path / "ours.safetensors")
+    assert read_weights(tmp_path / "ours.safetensors").epochs == 4

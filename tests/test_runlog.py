@@ -167,3 +167,9 @@ def test_the_commit_is_that_of_the_program_alone(tmp_path: Path, monkeypatch: py
     assert environment([])["commit"] == git("rev-parse", "--short=12", "HEAD") + "-dirty"
     monkeypatch.setattr(provenance, "_ROOT", tmp_path / "inside")
     assert environment([])["commit"] is None
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    runlog.write_json(tmp_path / "x.json", {"a": [math.nan, 1.5, (math.inf, "x")], "b": {"c": -math.inf}, "d": None})
+    read = json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert read == {"a": [None, 1.5, [None, "x"]], "b": {"c": None}, "d": None}

@@ -109,7 +109,7 @@ def balanced(store: Store, fraction: float, seed: int = 0) -> Subset:
 
     ValueError where there are no labels, or for a fraction outside (0, 1].
     """
-    with_labels(store)
+    check_labels(store)
     if not 0 < fraction <= 1:
         raise ValueError(f"a fraction of {fraction:g} of the labels: it must be above 0 and at most 1")
     order = shuffled(len(store), seed)
@@ -118,7 +118,6 @@ def balanced(store: Store, fraction: float, seed: int = 0) -> Subset:
     taken = [
         order[first : first + max(1, round(fraction * int(count)))]
         for label, first, count in zip(labels, firsts, counts, strict=True)
-        if label >= 0
     ]
     return Subset(store, np.sort(np.concatenate(taken)))
 
@@ -128,27 +127,28 @@ def with_classes(store: Store, classes: Sequence[str]) -> Subset:
 
     ValueError where it has no labels, or images of a class that is not among `classes`.
     """
-    with_labels(store)
+    check_labels(store)
     numbers, labels = {name: i for i, name in enumerate(classes)}, store.index["label"]
-    unknown = [int(label) for label in np.unique(labels[labels >= 0]) if store.classes[label] not in numbers]
+    unknown = [int(label) for label in np.unique(labels) if store.classes[label] not in numbers]
     if unknown:
         example = store.name(int(np.argmax(labels == unknown[0])))
         names = few([store.classes[label] for label in unknown])
         raise ValueError(f"{example}: the training data have no class {names}: take data whose classes they have")
     renumbered = Subset(store, np.arange(len(store), dtype=np.int64))
     renumbered.classes = list(classes)
-    renumbered.index["label"] = np.array([*(numbers.get(name, -1) for name in store.classes), -1])[labels]
+    renumbered.index["label"] = np.array([numbers.get(name, -1) for name in store.classes])[labels]
     return renumbered
 
 
-def with_labels(store: Store) -> Store:
-    """Those of its samples that have a label: `store`, where all do. ValueError where none has."""
-    has_one = store.index["label"] >= 0
-    if not has_one.any():
-        example = store.name(0) if len(store) else "a part without images"
+def check_labels(store: Store) -> None:
+    """ValueError where not every image has a label."""
+    bare = np.flatnonzero(store.index["label"] < 0)
+    if len(bare):
+        first = f"{store.name(int(bare[0]))} has none" + f", as {len(bare):,} of {len(store):,} images" * (
+            len(bare) > 1
+        )
         remedy = "put the images into a sub-folder for each class, of two or more"
-        raise ValueError(f"labels are needed, but {example} has none: {remedy}")
-    return store if has_one.all() else Subset(store, np.flatnonzero(has_one))
+        raise ValueError(f"labels are needed, but {first}: {remedy}")
 
 
 def few(names: Sequence[str]) -> str:
