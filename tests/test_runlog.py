@@ -23,6 +23,7 @@ import torch
 from conftest import TRAIN, needed
 
 import pipeline
+import runlog
 import provenance
 from metrics import Metrics, read_metrics
 from provenance import environment
