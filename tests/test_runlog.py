@@ -23,8 +23,8 @@ import torch
 from conftest import TRAIN, needed
 
 import pipeline
-import runlog
 import provenance
+import runlog
 from metrics import Metrics, read_metrics
 from provenance import environment
 
