@@ -572,6 +572,8 @@ def test_the_readme_shows_what_was_measured() -> None:
         "linear-demo": (measured["linear, ImageNet"], ("top1", "top5")),
         "semisup-1percent": (measured["1% of the labels"], ("top1", "top5")),
         "semisup-10percent": (measured["10% of the labels"], ("top1", "top5")),
+        "linear-places205": (measured["Places-205"], ("top1",)),
+        "linear-inat18": (measured["iNaturalist 2018"], ("top1",)),
         "svm": (measured["VOC07, mAP"], ("map",)),
         "knn": (measured["kNN"], ("knn_top1",)),
     }
