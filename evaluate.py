@@ -4,7 +4,7 @@ uv run evaluate.py knn                                                     the l
 uv run evaluate.py linear --checkpoint resnet50.pth --train imagenet       anybody's weights, your images
 uv run evaluate.py semisup --checkpoint runs/a --train imagenet --labels 1percent.txt
 uv run evaluate.py svm --checkpoint runs/a --voc07 data
-uv run evaluate.py predict --checkpoint runs/a/linear.safetensors cat.jpg dog.jpg
+uv run evaluate.py predict --checkpoint runs/a/linear-imagenet.safetensors cat.jpg dog.jpg
 uv run evaluate.py export --checkpoint runs/a --to timm
 uv run evaluate.py compare runs/a runs/b
 uv run evaluate.py --help
