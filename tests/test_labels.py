@@ -70,7 +70,7 @@ def test_16_bit_pil_images_are_scaled() -> None:
         ("nowhere/a.jpg", "nowhere/a.jpg: No such file.*Name the file"),
         (Path(__file__).parent, "tests: Is a directory"),
     ],
-    ids=str,
+    ids=["float32", "channels first", "four channels", "one axis", "none", "mode F", "no file", "a folder"],
 )
 def test_what_is_no_image_is_refused_with_the_remedy(wrong: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
