@@ -9,6 +9,7 @@ import json
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -161,6 +162,52 @@ def train(run_verb: Train) -> Train:
 def convert(run_verb: Train) -> Train:
     """`convert.py`, likewise."""
     return partial(run_verb, "convert")
+
+
+CPU = ["--device", "cpu"]
+
+
+@pytest.fixture
+def evaluate(run_verb: Train) -> Train:
+    """`evaluate.py`, likewise."""
+    return partial(run_verb, "evaluate")
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes that colour tells apart: 60 images to learn from, 30 to be asked about."""
+    root = tmp_path_factory.mktemp("labelled")
+    for split, count in (("train", 60), ("val", 30)):
+        for i in range(count):
+            path = root / split / f"class{i % 3}" / f"{split}_{i:03d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.asarray(picture(40 + i % 7, 36 + i % 5, seed=1000 * (split == "val") + i)).copy()
+            pixels[..., i % 3] //= 4  # of one of red, green and blue there is little
+            path.write_bytes(encoded(Image.fromarray(pixels), quality=90))
+    return root
+
+
+@pytest.fixture(scope="session")
+def pretrained(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a pretraining of an epoch on those."""
+    folder = tmp_path_factory.mktemp("pretrained") / "tiny"
+    command = [sys.executable, TRAIN, "--data", labelled, "--epochs", "1", *TINY, "--run", folder]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder.parent)
+    return folder
+
+
+@pytest.fixture
+def common(pretrained: Path, labelled: Path) -> list[Any]:
+    """Options of an evaluation, whose results come into `out`."""
+    return ["--checkpoint", pretrained, "--train", labelled, "--output", "out", *CPU]
+
+
+def result_of(name: str) -> dict[str, Any]:
+    return json.loads((Path("out") / f"{name}.json").read_text())
+
+
+def outputs() -> set[str]:
+    return {path.name for path in Path("out").iterdir()} if Path("out").exists() else set()
 
 
 @pytest.fixture(scope="session")
