@@ -287,6 +287,8 @@ def check(job: Job) -> None:
     if isinstance(job, Linear):
         lrs, decays = zip(*job.heads(), strict=True)
         wrong["--lr"] = (job.lr, all(0 < lr < float("inf") for lr in lrs), "finite and above 0")
+        stones = job.protocol()[1].milestones
+        wrong["--milestones"] = (stones, all(epoch >= 1 for epoch in stones), "epochs, counted from 1")
         wrong["--weight-decay"] = (job.weight_decay, all(0 <= x < float("inf") for x in decays), "finite, at least 0")
     if isinstance(job, Linear | Semisup):
         protocol = job.protocol()[1]

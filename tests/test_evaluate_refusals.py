@@ -217,6 +217,7 @@ def test_an_image_that_cannot_be_read(evaluate: Train, pretrained: Path, labelle
         ("linear --epochs 0", "--epochs is 0"),
         ("linear --lr 0.1 -1", "--lr"),
         ("linear --weight-decay -1", "--weight-decay"),
+        ("linear --milestones 4 -8", "--milestones is (4, -8)"),
         ("semisup --labels 1.5", "1.5"),
         ("semisup --labels nowhere.txt", "--labels nowhere.txt: neither a fraction nor a file"),
         ("semisup --labels 10%", "--labels 10%: neither a fraction nor a file"),
