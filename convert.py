@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-import runlog
-from runlog import RunLog
+import experiment
+from experiment import Console
 
 if TYPE_CHECKING:
-    from pipeline import Written
+    from pipeline import ConversionProgress
 
 INTERRUPTED = 130  # exit status of what was stopped, and can go on
 
@@ -84,54 +84,71 @@ class Verify:
     """One a core without it."""
 
 
-def convert(job: Convert, log: RunLog) -> int:
+def convert(job: Convert, console: Console) -> int:
     """One conversion; the exit status."""
-    with log.bar("loading torch"):
+    with console.progress("loading torch"):
         import pipeline
     began, first = time.monotonic(), None
 
     with (
-        log.bar(f"listing {job.source}") as listing,
-        log.bar("converting") as bar,
+        console.progress(f"listing {job.source}") as listing,
+        console.progress("converting") as bar,
         cluster(job.scheduler) as pool,
     ):
 
-        def progress(written: Written, images: int) -> None:
+        def progress(written: ConversionProgress, images: int) -> None:
             nonlocal first
             first = first or (time.monotonic(), written)
             elapsed = max(time.monotonic() - first[0], 1e-3)
-            rate, size = (written.images - first[1].images) / elapsed, (written.bytes - first[1].bytes) / elapsed
-            bar(written.images, images, f"{rate:.0f} images/s, {size / 1e6:.0f} MB/s, {written.rejects} rejects")
+            rate, size = (
+                (written.images - first[1].images) / elapsed,
+                (written.bytes - first[1].bytes) / elapsed,
+            )
+            bar(
+                written.images,
+                images,
+                f"{rate:.0f} images/s, {size / 1e6:.0f} MB/s, {written.rejects} rejects",
+            )
 
         wishes = {name: value for name, value in asdict(job).items() if name != "scheduler"}
         report = pipeline.write_store(**wishes, executor=pool, progress=progress, listing=listing)
     if not report.new:
-        log.say(f"{report.path} is there already, from the same conversion: nothing to do")
+        console.print(f"{report.path} is there already, from the same conversion: nothing to do")
         return 0
     elapsed = time.monotonic() - began
-    rows = {"images": f"{report.images:,}", **{f"  {what}": f"{count:,}" for what, count in report.done.items()}}
+    rows = {
+        "images": f"{report.images:,}",
+        **{f"  {what}": f"{count:,}" for what, count in report.done.items()},
+    }
     if report.rejects:
         rows["left out"] = f"{report.rejects:,}, see {report.path.name}.rejects.jsonl"
     rows["written"] = f"{report.path}, {report.bytes / 1e6:,.1f} MB"
-    rows["time"] = f"{elapsed:.1f} s, {report.images / elapsed:,.0f} images/s, {report.bytes / elapsed / 1e6:,.0f} MB/s"
-    log.table(rows)
-    log.say(runlog.printable(f"uv run train.py --data {shlex.quote(str(job.target))}"))
+    rows["time"] = (
+        f"{elapsed:.1f} s, {report.images / elapsed:,.0f} images/s, {report.bytes / elapsed / 1e6:,.0f} MB/s"
+    )
+    console.table(rows)
+    console.print(experiment.printable(f"uv run train.py --data {shlex.quote(str(job.target))}"))
     return 0
 
 
-def verify(job: Verify, log: RunLog) -> int:
+def verify(job: Verify, console: Console) -> int:
     """One verification; the exit status."""
-    with log.bar("loading torch"):
+    with console.progress("loading torch"):
         import pipeline
-    with log.bar(f"listing {job.against or job.target}") as listing, log.bar("verifying") as bar:
-        problems = pipeline.verify_store(job.target, job.against, threads=job.threads, progress=bar, listing=listing)
+    with (
+        console.progress(f"listing {job.against or job.target}") as listing,
+        console.progress("verifying") as bar,
+    ):
+        problems = pipeline.verify_store(
+            job.target, job.against, threads=job.threads, progress=bar, listing=listing
+        )
     for problem in problems[:10]:
-        log.say(runlog.printable(problem))
+        console.print(experiment.printable(problem))
     if len(problems) > 10:
-        log.say(f"and {len(problems) - 10} more")
+        console.print(f"and {len(problems) - 10} more")
     found = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
     said = f"{job.target}: {found}" if problems else f"{job.target} is as it was written"
-    log.say(runlog.printable(said))
+    console.print(experiment.printable(said))
     return int(bool(problems))
 
 
@@ -146,11 +163,16 @@ def cluster(address: str | None) -> Iterator[Executor | None]:
     except ImportError as error:
         raise ValueError(f"--scheduler needs Dask ({error}): uv sync --extra convert") from None
     here = Path(__file__).parent
-    with tempfile.TemporaryDirectory() as folder, Client(address, timeout=10, set_as_default=False) as client:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Client(address, timeout=10, set_as_default=False) as client,
+    ):
         try:
             client.wait_for_workers(1, timeout=10)
         except TimeoutError:
-            raise ValueError(f"no worker is at {address}: start some, dask worker {address}") from None
+            raise ValueError(
+                f"no worker is at {address}: start some, dask worker {address}"
+            ) from None
         shipped = Path(folder) / "twinfeed-pipeline.zip"
         with zipfile.ZipFile(shipped, "w") as archive:
             for path in sorted((here / "pipeline").rglob("*.py")):
@@ -159,24 +181,24 @@ def cluster(address: str | None) -> Iterator[Executor | None]:
         yield client.get_executor(pure=False)
 
 
-def parse() -> Callable[[RunLog], int]:
+def parse() -> Callable[[Console], int]:
     """What the command line asks for."""
     if sys.argv[1:2] == ["verify"]:
         checking = tyro.cli(Verify, args=sys.argv[2:], prog="convert.py verify")
-        return lambda log: verify(checking, log)
+        return lambda console: verify(checking, console)
     job = tyro.cli(Convert, prog="convert.py")
-    return lambda log: convert(job, log)
+    return lambda console: convert(job, console)
 
 
 if __name__ == "__main__":
     run = parse()
     try:
-        with RunLog() as run_log:
+        with Console() as run_log:
             status = run(run_log)
     except Exception as error:
         if os.environ.get("TWINFEED_TRACEBACK"):
             raise
-        sys.exit(f"error: {runlog.printable(runlog.explain(error))}")
+        sys.exit(f"error: {experiment.printable(experiment.explain(error))}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from there")
         sys.exit(INTERRUPTED)

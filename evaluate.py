@@ -24,22 +24,22 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 from rich.text import Text
 
-import protocols
-import runlog
-from classifier import NEIGHBOURS, Classifier, load_classifier
-from held_out import find_demo
-from protocols import Compare, Export, Knn, Linear, Predict, Semisup, Svm
-from results import compare, record
-from runlog import RunLog, printable
-from subject import Subject, open_images
+import experiment
+from evaluation import protocols
+from evaluation.classifier import NEIGHBOURS, Classifier, load_classifier
+from evaluation.evaluated_network import EvaluatedNetwork, open_images
+from evaluation.held_out import find_demo
+from evaluation.protocols import Compare, Export, Knn, Linear, Predict, Semisup, Svm
+from evaluation.results import compare, record
+from experiment import Console, printable
 
-os.environ |= {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"} | os.environ  # as in train.py
+experiment.set_thread_environment()
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from model import Tuning
+    from evaluation import Tuning
     from pipeline import Batch, Store
 
 __all__ = ["load_classifier"]
@@ -48,84 +48,113 @@ _PAIRS = 10_000  # images of which two distorted views are compared, at most
 _SHOWN = 8  # images of the embedded data set that are predicted where none are named
 
 
-def main(log: RunLog) -> int:
+def main(console: Console) -> int:
     """What the command line asks for; the exit status."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("evaluate.py is one process, on one device: start it without torchrun")
     job = protocols.parse()
     protocols.check(job)
     if isinstance(job, Compare):
-        return compare(job.runs, log)
-    verbs: dict[type, Callable[[Any, RunLog], int]] = {Knn: knn, Linear: linear, Semisup: semisup, Svm: svm}
+        return compare(job.runs, console)
+    verbs: dict[type, Callable[[Any, Console], int]] = {
+        Knn: knn,
+        Linear: linear,
+        Semisup: semisup,
+        Svm: svm,
+    }
     verbs |= {Predict: predict, Export: export}
-    return verbs[type(job)](job, log)
+    return verbs[type(job)](job, console)
 
 
-def knn(job: Knn, log: RunLog) -> int:
+def knn(job: Knn, console: Console) -> int:
     """k nearest neighbours, and what can be read from features without labels."""
-    subject = Subject(job.network, log, job.images.decoder, job.images.threads)
+    subject = EvaluatedNetwork(job.network, console, job.images.decoder, job.images.threads)
     import torch
 
-    import model
+    import evaluation
     import pipeline
 
-    train, test = open_images(job.images, log)
+    train, test = open_images(job.images, console)
     bank, bank_labels, _ = subject.features(train, "features of those that vote")
     queries, labels, _ = subject.features(test, "features of those that are asked about")
-    accuracy = model.knn_accuracy(bank, bank_labels, queries, labels, job.k, job.temperature)
-    some, recipe = pipeline.at_most(_PAIRS, test, job.images.seed), pipeline.barlow_twins(subject.size)
+    accuracy = evaluation.knn_accuracy(bank, bank_labels, queries, labels, job.k, job.temperature)
+    some, recipe = (
+        pipeline.random_subset(_PAIRS, test, job.images.seed),
+        pipeline.barlow_twins(subject.size),
+    )
     with torch.no_grad():
-        pairs = [[subject.backbone(view) for view in views] for views, *_ in subject.views(some, "pairs", recipe)]
+        pairs = [
+            [subject.backbone(view) for view in views]
+            for views, *_ in subject.views(some, "pairs", recipe)
+        ]
     found = {f"knn_{name}": value for name, value in accuracy.items()}
-    found["effective_rank"] = model.effective_rank(bank)
-    found["alignment"] = model.feature_alignment(*(torch.cat(view) for view in zip(*pairs, strict=True)))
-    found["uniformity"] = model.feature_uniformity(queries)
+    found["effective_rank"] = evaluation.effective_rank(bank)
+    found["alignment"] = evaluation.feature_alignment(
+        *(torch.cat(view) for view in zip(*pairs, strict=True))
+    )
+    found["uniformity"] = evaluation.feature_uniformity(queries)
     setup = counts(train) | {"k": job.k, "temperature": job.temperature}
-    record(subject, "knn", job, found, setup, protocols.KNN_PUBLISHED, {"train": train, "test": test})
+    record(
+        subject, "knn", job, found, setup, protocols.KNN_PUBLISHED, {"train": train, "test": test}
+    )
     return 0
 
 
-def linear(job: Linear, log: RunLog) -> int:
+def linear(job: Linear, console: Console) -> int:
     """Linear classifiers on the frozen network; the best is kept for `predict`."""
-    subject = Subject(job.network, log, job.images.decoder, job.images.threads)
+    subject = EvaluatedNetwork(job.network, console, job.images.decoder, job.images.threads)
     import torch
 
-    import model
+    import evaluation
 
-    train, test = open_images(job.images, log)
+    train, test = open_images(job.images, console)
     (preset, protocol), heads = job.protocol(), tuple(job.heads())
     name = f"linear-{preset}" + "-sweep" * (len(heads) > 1)
-    tuning = model.Tuning(protocol.epochs, heads, milestones=protocol.milestones or None)
+    tuning = evaluation.Tuning(protocol.epochs, heads, milestones=protocol.milestones or None)
     amp_dtype = getattr(torch, job.precision)
     trained = tune(subject, job, name, train, tuning, job.batch_size, amp_dtype)
-    scores = model.accuracies(subject.backbone, trained, subject.views(test, "testing"), amp_dtype)
-    best = max(range(len(heads)), key=lambda i: scores[i]["top1"] if math.isfinite(scores[i]["loss"]) else -1)
-    each = [{"lr": lr, "weight decay": decay} | score for (lr, decay), score in zip(heads, scores, strict=True)]
+    scores = evaluation.accuracies(
+        subject.backbone, trained, subject.views(test, "testing"), amp_dtype
+    )
+    best = max(
+        range(len(heads)),
+        key=lambda i: scores[i]["top1"] if math.isfinite(scores[i]["loss"]) else -1,
+    )
+    each = [
+        {"lr": lr, "weight decay": decay} | score
+        for (lr, decay), score in zip(heads, scores, strict=True)
+    ]
     setup = counts(train) | {"batch": job.batch_size, "precision": job.precision} | protocol.setup
-    setup |= {name: each[best][name] for name in ("lr", "weight decay")} | {"classifiers tried": len(heads)}
+    setup |= {name: each[best][name] for name in ("lr", "weight decay")} | {
+        "classifiers tried": len(heads)
+    }
     stores = {"train": train, "test": test}
     kept = keep(subject, trained[best], scores[best], train, f"{name}.safetensors")
     record(subject, name, job, scores[best], setup, job.published(), stores, heads=each)
     if len(heads) > 1:
         figures = {f"lr {h['lr']:g}, weight decay {h['weight decay']:g}": h for h in each}
-        log.table({pair: f"{h['top1']:.2f} / {h['top5']:.2f}" for pair, h in figures.items()})
-        log.say("The best was chosen by the images that it was tested on, which makes its figure a little high.")
+        console.table({pair: f"{h['top1']:.2f} / {h['top5']:.2f}" for pair, h in figures.items()})
+        console.print(
+            "The best was chosen by the images that it was tested on, which makes its figure a little high."
+        )
     done(subject, kept)
     return 0
 
 
-def semisup(job: Semisup, log: RunLog) -> int:
+def semisup(job: Semisup, console: Console) -> int:
     """The network and a new classifier tuned on few labels."""
-    subject = Subject(job.network, log, job.images.decoder, job.images.threads)
-    import model
+    subject = EvaluatedNetwork(job.network, console, job.images.decoder, job.images.threads)
+    import evaluation
     import pipeline
 
-    train, test = open_images(job.images, log)
+    train, test = open_images(job.images, console)
     try:
         fraction = float(job.labels)
     except ValueError:
         if not Path(job.labels).is_file():
-            raise ValueError(f"--labels {job.labels}: neither a fraction nor a file that is there") from None
+            raise ValueError(
+                f"--labels {job.labels}: neither a fraction nor a file that is there"
+            ) from None
         labelled = pipeline.listed(train, Path(job.labels))
     else:
         labelled = pipeline.balanced(train, fraction, job.images.seed)
@@ -133,9 +162,11 @@ def semisup(job: Semisup, log: RunLog) -> int:
     name = f"semisup-{100 * share:.3g}percent"
     milestones = protocol.milestones or None
     heads = ((protocol.lr, 0.0),)
-    tuning = model.Tuning(protocol.epochs, heads, 0.9, protocol.backbone_lr, milestones, gamma=0.2)
+    tuning = evaluation.Tuning(
+        protocol.epochs, heads, 0.9, protocol.backbone_lr, milestones, gamma=0.2
+    )
     (head,) = tune(subject, job, name, labelled, tuning, protocol.batch_size)
-    (score,) = model.accuracies(subject.backbone, [head], subject.views(test, "testing"))
+    (score,) = evaluation.accuracies(subject.backbone, [head], subject.views(test, "testing"))
     setup = counts(train) | {"labelled images": len(labelled)} | protocol.setup
     stores = {"train": train, "labelled": labelled, "test": test}
     kept = keep(subject, head, score, train, f"{name}.safetensors")
@@ -144,17 +175,17 @@ def semisup(job: Semisup, log: RunLog) -> int:
     return 0
 
 
-def svm(job: Svm, log: RunLog) -> int:
+def svm(job: Svm, console: Console) -> int:
     """A support vector machine for each class of VOC2007."""
     # The pictures of the embedded kit show several of the demo's images, each of 48 pixels.
     size = job.network.size or (None if job.voc07 else 144)
-    subject = Subject(replace(job.network, size=size), log, job.decoder, job.threads)
-    import model
+    subject = EvaluatedNetwork(replace(job.network, size=size), console, job.decoder, job.threads)
+    import evaluation
     import pipeline
 
     if (root := job.voc07) is None:
-        with log.bar("drawing a development kit, once") as bar:
-            root = pipeline.demo_devkit(pipeline.cache_folder(), find_demo(log)[0].parent, bar)
+        with console.progress("drawing a development kit, once") as bar:
+            root = pipeline.demo_devkit(pipeline.cache_folder(), find_demo(console)[0].parent, bar)
     stores: dict[str, Store] = {}
     seen = {}
     for split in ("trainval", "test"):
@@ -163,64 +194,91 @@ def svm(job: Svm, log: RunLog) -> int:
             stores[split], f"features of {split}", pipeline.whole_view(subject.size)
         )
         seen[split] = features, targets[samples.numpy()]
-    with log.bar("support vector machines") as bar:
-        jobs = (job.threads or pipeline.usable_cores()) if job.voc07 else 1  # to start more takes longer than the fits
-        fitted = model.svm_map(*seen["trainval"], *seen["test"], classes, jobs=jobs, progress=bar)
+    with console.progress("support vector machines") as bar:
+        jobs = (
+            (job.threads or pipeline.usable_cores()) if job.voc07 else 1
+        )  # to start more takes longer than the fits
+        fitted = evaluation.svm_map(
+            *seen["trainval"], *seen["test"], classes, jobs=jobs, progress=bar
+        )
     each = {
         name: {"average_precision": precision, "C": cost}
-        for name, precision, cost in zip(classes, fitted.average_precisions, fitted.costs, strict=True)
+        for name, precision, cost in zip(
+            classes, fitted.average_precisions, fitted.costs, strict=True
+        )
     }
-    setup = {"training images": len(stores["trainval"]), "test images": len(stores["test"]), "classes": len(classes)}
+    setup = {
+        "training images": len(stores["trainval"]),
+        "test images": len(stores["test"]),
+        "classes": len(classes),
+    }
     found = {"map": fitted.mean_average_precision}
     record(subject, "svm", job, found, setup, protocols.SVM_PUBLISHED, stores, each=each)
-    log.table({name: f"{one['average_precision']:.2f} (C {one['C']:g})" for name, one in each.items()})
+    console.table(
+        {name: f"{one['average_precision']:.2f} (C {one['C']:g})" for name, one in each.items()}
+    )
     if fitted.not_converged:
-        log.say(f"{fitted.not_converged} of {fitted.fits} fits had not converged after 2,000 iterations")
+        console.print(
+            f"{fitted.not_converged} of {fitted.fits} fits had not converged after 2,000 iterations"
+        )
     return 0
 
 
-def predict(job: Predict, log: RunLog) -> int:
+def predict(job: Predict, console: Console) -> int:
     """Classes and scores of images."""
-    log.console.quiet |= job.json
-    log.console.stderr = job.json  # what is said even so: which training images could not be read
+    console.quiet |= job.json
+    console.rich.stderr = job.json  # what is said even so: which training images could not be read
     if not job.pictures and job.network.checkpoint != protocols.DEMO_RUN:
         raise ValueError("name images to predict: evaluate.py predict --checkpoint W IMAGE...")
-    subject = Subject(job.network, log, writes=False)
-    if lacking := [path for path in job.pictures if not path.exists() or path.is_dir()]:  # before others are looked at
+    subject = EvaluatedNetwork(job.network, console, writes=False)
+    if lacking := [
+        path for path in job.pictures if not path.exists() or path.is_dir()
+    ]:  # before others are looked at
         raise ValueError(f"{lacking[0]} is no file: name images to predict")
-    classifier = Classifier(subject, job.train, k=job.k, temperature=job.temperature, neighbours=job.neighbours)
-    pictures = job.pictures or tuple(demo_pictures(log))
+    classifier = Classifier(
+        subject, job.train, k=job.k, temperature=job.temperature, neighbours=job.neighbours
+    )
+    pictures = job.pictures or tuple(demo_pictures(console))
     found = classifier.explain(pictures, NEIGHBOURS * job.neighbours)
     if job.json:
         both = zip(pictures, found, strict=True)
         print(json.dumps([{"image": str(path)} | values for path, values in both], indent=2))
         return 0
-    table = Table(Column("image", overflow="fold"), "class", "score", box=None, pad_edge=False, header_style="")
+    table = Table(
+        Column("image", overflow="fold"),
+        "class",
+        "score",
+        box=None,
+        pad_edge=False,
+        header_style="",
+    )
     for path, values in zip(pictures, found, strict=True):
-        table.add_row(Text(printable(str(path))), Text(values["pred_class"]), f"{values['pred_score']:.3f}")
+        table.add_row(
+            Text(printable(str(path))), Text(values["pred_class"]), f"{values['pred_score']:.3f}"
+        )
         for near in values.get("neighbours", ()):
             name = Text(f"  like {printable(near['image'])}")
             table.add_row(name, Text(near["pred_class"] or ""), f"{near['similarity']:.3f}")
-    log.say(f"by {classifier.how}:")
-    log.console.print(table)
+    console.print(f"by {classifier.how}:")
+    console.rich.print(table)
     return 0
 
 
-def export(job: Export, log: RunLog) -> int:
+def export(job: Export, console: Console) -> int:
     """The weights in another program's layout."""
-    subject = Subject(job.network, log)
+    subject = EvaluatedNetwork(job.network, console)
     import model
 
     suffix = {"detectron2": "pkl", "safetensors": "safetensors"}.get(job.to, "pth")
     path = subject.folder / f"{job.to}.{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
     model.export(subject.weights, job.to, path)
-    log.say(f"written to {printable(str(path))}")
+    console.print(f"written to {printable(str(path))}")
     return 0
 
 
 def tune(
-    subject: Subject,
+    subject: EvaluatedNetwork,
     job: Linear | Semisup,
     name: str,
     train: Store,
@@ -231,7 +289,7 @@ def tune(
     """Trains heads on crops of `train`; what `--resume` goes on from lies in the subject's folder meanwhile."""
     import torch
 
-    import model
+    import evaluation
     import pipeline
 
     loader = subject.open_loader(
@@ -241,9 +299,13 @@ def tune(
     if job.resume and not unfinished.exists():
         raise ValueError(f"{unfinished} is not there: --resume has nothing to go on from")
     subject.folder.mkdir(parents=True, exist_ok=True)
-    settings = {"images": pipeline.fingerprint(train), "weights": subject.digest(), "view": subject.size}
+    settings = {
+        "images": pipeline.fingerprint(train),
+        "weights": subject.digest(),
+        "view": subject.size,
+    }
     losses: list[float] = []  # of each classifier in the last epoch
-    with subject.log.bar(name) as bar:
+    with subject.console.progress(name) as bar:
 
         def batches(epoch: int) -> Iterator[Batch]:
             loss = f", loss {min(losses):.4g} in the last" if losses else ""
@@ -252,7 +314,7 @@ def tune(
                 yield batch
                 bar(step, tuning.epochs * len(loader), reading)
 
-        heads = model.train_heads(
+        heads = evaluation.train_heads(
             subject.backbone,
             len(train.classes),
             tuning,
@@ -268,38 +330,48 @@ def tune(
     return heads
 
 
-def keep(subject: Subject, head: nn.Linear, score: dict[str, float], train: Store, name: str) -> Path:
+def keep(
+    subject: EvaluatedNetwork, head: nn.Linear, score: dict[str, float], train: Store, name: str
+) -> Path:
     """Writes the network and its classifier, for `predict`. FloatingPointError where they have diverged."""
     import model
 
     if not math.isfinite(score["loss"]):
-        raise FloatingPointError("what was trained gives scores that are not finite: lower learning rates may help")
+        raise FloatingPointError(
+            "what was trained gives scores that are not finite: lower learning rates may help"
+        )
     state = {key: value.detach().cpu() for key, value in head.state_dict().items()}
     # Of the same layout, by which solo-learn's small stem is known, and of the same pretraining
     weights = replace(
-        subject.weights, backbone=subject.backbone.state_dict(), head=state, classes=train.classes, size=subject.size
+        subject.weights,
+        backbone=subject.backbone.state_dict(),
+        head=state,
+        classes=train.classes,
+        size=subject.size,
     )
     path = subject.folder / name
     model.export(weights, "safetensors", path)
     return path
 
 
-def done(subject: Subject, kept: Path) -> None:
+def done(subject: EvaluatedNetwork, kept: Path) -> None:
     """Once the results are on the disk, there is nothing to be resumed."""
     kept.with_suffix(".unfinished.pt").unlink(missing_ok=True)
-    subject.log.say(f"to use it: uv run evaluate.py predict --checkpoint {printable(str(kept))} IMAGE...")
+    subject.console.print(
+        f"to use it: uv run evaluate.py predict --checkpoint {printable(str(kept))} IMAGE..."
+    )
 
 
 def counts(train: Store) -> dict[str, Any]:
     return {"training images": len(train), "classes": len(train.classes)}
 
 
-def demo_pictures(log: RunLog) -> list[Path]:
+def demo_pictures(console: Console) -> list[Path]:
     """Some test images of the embedded data set, one of each class."""
-    folder = find_demo(log)[1]
+    folder = find_demo(console)[1]
     assert folder is not None
     return [min(path.iterdir()) for path in sorted(folder.iterdir())][:_SHOWN]
 
 
 if __name__ == "__main__":
-    sys.exit(runlog.run(main))
+    sys.exit(experiment.run_command(main))

@@ -15,10 +15,11 @@ import os
 import sys
 from importlib import import_module
 
-from runlog import RunLog
+import experiment
+from experiment import Console
 
 # As train.py does, before torch is loaded.
-os.environ |= {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"} | os.environ
+experiment.set_thread_environment()
 
 
 def main(arguments: list[str]) -> int:
@@ -31,19 +32,21 @@ def main(arguments: list[str]) -> int:
 
         return report.main(arguments[1:])
     if arguments[:1] in (["convert"], ["step"]):
-        with RunLog() as log:
-            with log.bar("loading torch"):
+        with Console() as console:
+            with console.progress("loading torch"):
                 verb = import_module(f".{arguments[0]}", __package__)
-            return verb.main(arguments[1:], log)
+            return verb.main(arguments[1:], console)
     from . import options
 
     config = options.parse(arguments)
-    log = RunLog()
-    log.console.quiet = os.environ.get("RANK", "0") != "0"  # under torchrun one of them speaks
-    with log:
-        with log.bar("loading torch"):  # takes seconds: only once the command line is understood
+    console = Console()
+    console.quiet = os.environ.get("RANK", "0") != "0"  # under torchrun one of them speaks
+    with console:
+        with console.progress(
+            "loading torch"
+        ):  # takes seconds: only once the command line is understood
             from . import run
-        return run.main(config, log)
+        return run.main(config, console)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ import torch
 import tyro
 
 import pipeline
+from experiment import Console
 from pipeline.images import image_size
-from runlog import RunLog
 
-from . import record, show
+from . import record, tables
 from .photos import draw_photos
 from .record import Contender, Rates
 
@@ -54,18 +54,20 @@ class Way(NamedTuple):
     run: Callable[[Path], object]
 
 
-def main(arguments: list[str], log: RunLog) -> int:
+def main(arguments: list[str], console: Console) -> int:
     options = tyro.cli(Options, args=arguments, prog="python -m bench convert")
     folder = options.data or pipeline.cache_folder() / f"bench-photos-{options.images}"
     if options.data is None:
-        with log.bar("drawing photographs, once") as bar:
+        with console.progress("drawing photographs, once") as bar:
             draw_photos(folder, options.images, progress=bar)
     sources = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not sources:
         raise ValueError(f"{folder} holds no JPEG")
-    encoded = [path.read_bytes() for path in sources]  # which also brings them into the system's memory
+    encoded = [
+        path.read_bytes() for path in sources
+    ]  # which also brings them into the system's memory
     sizes = np.array([image_size(data) for data in encoded])
-    contenders = contest(folder, sources, options.turns, log)
+    contenders = contest(folder, sources, options.turns, console)
     result = record.Record(
         command=record.command(["convert", *arguments]),
         commit=record.commit(),
@@ -84,20 +86,22 @@ def main(arguments: list[str], log: RunLog) -> int:
         bounds={},
         verdict=[],
     )
-    show.conversions(result, log)
+    tables.conversions(result, console)
     if options.json:
         result.write(options.json)
-        log.say(f"written to {options.json}")
+        console.print(f"written to {options.json}")
     return 0
 
 
-def contest(folder: Path, sources: list[Path], turns: int, log: RunLog) -> list[Contender]:
+def contest(folder: Path, sources: list[Path], turns: int, console: Console) -> list[Contender]:
     """Every way in turn, over all images, from the call to the finished and closed file."""
     seconds: dict[str, list[float]] = {}
     with (
-        log.bar("converting") as bar,
+        console.progress("converting") as bar,
         tempfile.TemporaryDirectory(prefix="twinfeed-", dir=folder.parent) as scratch,
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart,  # FFCV forks, which threads forbid
+        ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn")
+        ) as apart,  # FFCV forks, which threads forbid
     ):
         ways = _ways(folder, sources, apart)
         for turn in range(turns + 1):  # the first warms up: it compiles and imports
@@ -115,7 +119,9 @@ def contest(folder: Path, sources: list[Path], turns: int, log: RunLog) -> list[
         pairs = zip(seconds[way.against], seconds[way.name], strict=True)
         ratio = statistics.median(theirs / ours for theirs, ours in pairs)
         rates = Rates([len(sources) / s for s in seconds[way.name]])
-        found.append(Contender(way.name, way.against if way.against != way.name else "", {}, rates, ratio))
+        found.append(
+            Contender(way.name, way.against if way.against != way.name else "", {}, rates, ratio)
+        )
     return found
 
 
@@ -126,7 +132,9 @@ def _ways(folder: Path, sources: list[Path], apart: ProcessPoolExecutor) -> list
         pipeline.write_store(folder, target / name, **options)
 
     def theirs(target: Path, side: int | None) -> None:
-        apart.submit(ffcv_write, [str(path) for path in sources], str(target / "x.beton"), side).result()
+        apart.submit(
+            ffcv_write, [str(path) for path in sources], str(target / "x.beton"), side
+        ).result()
 
     return [
         Way(whole, whole, partial(theirs, side=None)),
@@ -135,7 +143,11 @@ def _ways(folder: Path, sources: list[Path], apart: ProcessPoolExecutor) -> list
         Way("twinfeed, TFRecord", whole, partial(ours, name="x", format="tfrecord")),
         Way("twinfeed, beton, --no-validate", whole, partial(ours, validate=False)),
         Way(small, small, partial(theirs, side=SIDE)),
-        Way(f"twinfeed, beton, --max-side {SIDE}", small, partial(ours, max_side=SIDE, quality=QUALITY)),
+        Way(
+            f"twinfeed, beton, --max-side {SIDE}",
+            small,
+            partial(ours, max_side=SIDE, quality=QUALITY),
+        ),
     ]
 
 
@@ -160,9 +172,17 @@ def ffcv_write(paths: list[str], target: str, side: int | None) -> None:
         from ffcv.fields import IntField, RGBImageField
         from ffcv.writer import DatasetWriter
     except ImportError as error:
-        raise ValueError(f"FFCV, to compare with, cannot be imported ({error}): uv sync --extra ffcv") from None
-    image = RGBImageField(write_mode="jpg", jpeg_quality=QUALITY, **({} if side is None else {"max_resolution": side}))
+        raise ValueError(
+            f"FFCV, to compare with, cannot be imported ({error}): uv sync --extra ffcv"
+        ) from None
+    image = RGBImageField(
+        write_mode="jpg", jpeg_quality=QUALITY, **({} if side is None else {"max_resolution": side})
+    )
     fields = {"image": image, "label": IntField()}
-    multiprocessing.set_start_method("fork", force=True)  # as FFCV has it; here it would start each worker afresh
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # as FFCV has it; here it would start each worker afresh
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # it draws a progress bar
-    DatasetWriter(target, fields, num_workers=pipeline.usable_cores()).from_indexed_dataset(_Images(paths))
+    DatasetWriter(target, fields, num_workers=pipeline.usable_cores()).from_indexed_dataset(
+        _Images(paths)
+    )

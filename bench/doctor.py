@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import tyro
 
-from runlog import Bar, RunLog
+from experiment import Console, ProgressBar
 
 from . import record
 
@@ -45,10 +45,14 @@ _PARTS = (
     Part("torch", "torch", "the network", "uv sync", needed=True),
     Part("torchvision", "torchvision", "the backbones", "uv sync", needed=True),
     Part("simplejpeg", "simplejpeg", "decodes JPEGs on the CPU", "uv sync", needed=True),
-    Part("numba", "numba", "distorts on the CPU, 10 times as fast as torch", "uv sync", needed=True),
+    Part(
+        "numba", "numba", "distorts on the CPU, 10 times as fast as torch", "uv sync", needed=True
+    ),
     Part("google_crc32c", "google-crc32c", "checksums of records", "uv sync", needed=True),
     Part("sklearn", "scikit-learn", "SVMs of VOC07", "uv sync", needed=True),
-    Part("nvidia.dali", "nvidia-dali-cuda130", "decodes on the GPU", "uv sync (Linux on x86-64 only)"),
+    Part(
+        "nvidia.dali", "nvidia-dali-cuda130", "decodes on the GPU", "uv sync (Linux on x86-64 only)"
+    ),
     Part(
         "ffcv",
         "ffcv",
@@ -67,21 +71,21 @@ _PARTS = (
 def main(arguments: list[str]) -> int:
     """Prints the findings; 1 where something is wrong without which nothing runs."""
     tyro.cli(_nothing, args=arguments, prog="python -m bench doctor", description=__doc__)
-    with RunLog() as log:
-        with log.bar("looking") as bar:
+    with Console() as console:
+        with console.progress("looking") as bar:
             findings = list(examine(bar))
         wide = max(len(finding.what) for finding in findings)
         for what, state, found, remedy in findings:
-            log.say(f"{what:{wide}}  {state:7}  {found}")
+            console.print(f"{what:{wide}}  {state:7}  {found}")
             if remedy:
-                log.say(f"{'':{wide}}           -> {remedy}")
+                console.print(f"{'':{wide}}           -> {remedy}")
     return int(any(finding.state == _WRONG for finding in findings))
 
 
 def _nothing() -> None: ...
 
 
-def examine(bar: Bar) -> Iterator[Finding]:
+def examine(bar: ProgressBar) -> Iterator[Finding]:
     """Looks at the libraries, the GPU, and the machine."""
     yield Finding("python", _GOOD, platform.python_version())
     complete = True
@@ -107,7 +111,9 @@ def library(part: Part) -> Finding:
     except Exception as error:  # whatever a broken installation raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         state = _WRONG if part.needed else _MISSING
-        return Finding(part.distribution, state, f"{version}, but cannot be imported: {reason}", part.remedy)
+        return Finding(
+            part.distribution, state, f"{version}, but cannot be imported: {reason}", part.remedy
+        )
     return Finding(part.distribution, _GOOD, f"{version}: {part.brings}")
 
 
@@ -120,11 +126,16 @@ def gpu() -> Finding:
     try:
         device = pipeline.find_device()
     except ValueError as error:
-        return Finding("GPU", _WRONG, str(error), "a driver of release 580 or newer, or --device cpu")
+        return Finding(
+            "GPU", _WRONG, str(error), "a driver of release 580 or newer, or --device cpu"
+        )
     if device.type == "cpu":
         return Finding("GPU", _MISSING, "none: everything runs on the CPU")
     limit, driver = record.gpu_settings(device)
-    name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    name, memory = (
+        torch.cuda.get_device_name(device),
+        torch.cuda.get_device_properties(device).total_memory,
+    )
     power = f", {limit:.0f} W" if limit else ""
     count = torch.cuda.device_count()
     found = f"{count} x {name}, {memory / 2**30:.0f} GiB{power}, driver {driver}, CUDA {torch.version.cuda}"
@@ -139,8 +150,16 @@ def machine() -> Iterator[Finding]:
     remedy = f"--threads {max(1, int(quota))}" if quota and limited else ""
     yield Finding("cores", _GOOD, f"{cores} of {all_cores} may be used{limited}", remedy)
     memory = record.memory_gib()
-    yield Finding("memory", _GOOD, f"{memory:.0f} GiB: data up to {0.7 * memory:.0f} GiB are read from the disk once")
-    cache = Path(os.environ.get("TWINFEED_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    yield Finding(
+        "memory",
+        _GOOD,
+        f"{memory:.0f} GiB: data up to {0.7 * memory:.0f} GiB are read from the disk once",
+    )
+    cache = Path(
+        os.environ.get("TWINFEED_CACHE")
+        or os.environ.get("XDG_CACHE_HOME")
+        or Path.home() / ".cache"
+    )
     for what, folder in (("cache folder", cache), ("this folder", Path.cwd())):
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(place).free / 2**30
@@ -152,11 +171,19 @@ def machine() -> Iterator[Finding]:
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     enabled = pages.read_text() if pages.exists() else "[never]"
     if "[never]" in enabled:
-        yield Finding("huge pages", _MISSING, "off: views on the CPU cost more page faults", f"echo madvise > {pages}")
+        yield Finding(
+            "huge pages",
+            _MISSING,
+            "off: views on the CPU cost more page faults",
+            f"echo madvise > {pages}",
+        )
     else:
         yield Finding("huge pages", _GOOD, "on: views on the CPU fault a tenth as often")
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    yield Finding("open files", *((_GOOD, f"{files:,}") if files >= 1024 else (_MISSING, f"{files}", "ulimit -n 4096")))
+    yield Finding(
+        "open files",
+        *((_GOOD, f"{files:,}") if files >= 1024 else (_MISSING, f"{files}", "ulimit -n 4096")),
+    )
 
 
 def cpu_quota() -> float | None:

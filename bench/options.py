@@ -9,7 +9,8 @@ from typing import Literal
 
 import tyro
 
-from presets import PRESETS
+from experiment.options import DecoderName
+from experiment.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Bench:
     """Images a step [default: 64 on a CPU, 32 with --quick, 512 on a GPU]."""
     preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
     """Whose network is trained [default: demo on a CPU, imagenet-1000e on a GPU]."""
-    decoder: Literal["auto", "dali", "torchvision", "ffcv"] = "auto"
-    """auto: DALI on a GPU, else torchvision. ffcv: FFCV's loader, for a beton."""
+    decoder: DecoderName = "auto"
+    """auto: DALI on a GPU, else cpu. ffcv: FFCV's loader, for a beton."""
     threads: int | None = None
     """Threads that decode [default: one a core, shared among the ranks of this machine]."""
     device: str = "auto"
@@ -44,13 +45,21 @@ class Bench:
 
     def check(self) -> None:
         """ValueError for what cannot be measured."""
-        least = {"--images": (self.images, 2), "--size": (self.size, 1), "--threads": (self.threads, 1)}
+        least = {
+            "--images": (self.images, 2),
+            "--size": (self.size, 1),
+            "--threads": (self.threads, 1),
+        }
         least["--batch-size"] = self.batch_size, 2  # for batch statistics
         for option, (value, bound) in least.items():
             if value is not None and value < bound:
                 raise ValueError(f"{option} is {value}: it must be at least {bound}")
-        if self.json and (self.json.is_dir() or not os.access(self.json.absolute().parent, os.W_OK)):
-            raise ValueError(f"--json {self.json} cannot be written: name a file in a folder that is there")
+        if self.json and (
+            self.json.is_dir() or not os.access(self.json.absolute().parent, os.W_OK)
+        ):
+            raise ValueError(
+                f"--json {self.json} cannot be written: name a file in a folder that is there"
+            )
 
 
 def parse(arguments: list[str]) -> Bench:

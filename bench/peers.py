@@ -45,7 +45,9 @@ def peers(size: int) -> list[Peer]:
     """Those that are installed, for views of `size` pixels. Torch's number of threads is left to the caller."""
     absent = missing()
     return [
-        Peer(name, packages, differs, make(size)) for name, _, packages, differs, make in _PEERS if name not in absent
+        Peer(name, packages, differs, make(size))
+        for name, _, packages, differs, make in _PEERS
+        if name not in absent
     ]
 
 
@@ -73,7 +75,9 @@ def _pillow(size: int) -> Views:
         jitter = transforms.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
         return transforms.Compose(
             [
-                transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC),
+                transforms.RandomResizedCrop(
+                    size, interpolation=transforms.InterpolationMode.BICUBIC
+                ),
                 transforms.RandomHorizontalFlip(view.flip_p),
                 transforms.RandomApply([jitter], view.jitter_p),
                 transforms.RandomGrayscale(view.gray_p),
@@ -96,7 +100,9 @@ def _torchvision(size: int) -> Views:
         jitter = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
         return v2.Compose(
             [
-                v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+                v2.RandomResizedCrop(
+                    size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+                ),
                 v2.RandomHorizontalFlip(view.flip_p),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.RandomApply([jitter], view.jitter_p),
@@ -114,7 +120,9 @@ def _lightly(size: int) -> Views:
     """Its BYOL transform has the paper's two views, and its Barlow Twins example uses it."""
     from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
 
-    return _image_by_image(_opened, BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size))
+    return _image_by_image(
+        _opened, BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size)
+    )
 
 
 def _kornia(size: int) -> Views:
@@ -124,9 +132,13 @@ def _kornia(size: int) -> Views:
     def distortions(view: View) -> nn.Sequential:
         steps: list[nn.Module] = [
             K.RandomHorizontalFlip(view.flip_p),
-            K.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue, p=view.jitter_p),
+            K.ColorJitter(
+                view.brightness, view.contrast, view.saturation, view.hue, p=view.jitter_p
+            ),
             K.RandomGrayscale(p=view.gray_p),
-            K.RandomGaussianBlur(_BLUR_WINDOW, view.blur_sigma, border_type="replicate", p=view.blur_p),
+            K.RandomGaussianBlur(
+                _BLUR_WINDOW, view.blur_sigma, border_type="replicate", p=view.blur_p
+            ),
         ]
         if view.solarize_p:  # it costs time even where it is never applied
             threshold = _SOLARIZE_FROM / 255
@@ -138,7 +150,10 @@ def _kornia(size: int) -> Views:
 
     @torch.inference_mode()
     def batch(encoded: Sequence[bytes]) -> tuple[Tensor, ...]:
-        crops = [(crop(image), crop(image)) for image in (_decoded(data)[None].float() / 255 for data in encoded)]
+        crops = [
+            (crop(image), crop(image))
+            for image in (_decoded(data)[None].float() / 255 for data in encoded)
+        ]
         a, b = map(torch.cat, zip(*crops, strict=True))
         return distort_a(a), distort_b(b)
 
@@ -156,7 +171,11 @@ def _dali(size: int) -> Views:
         return fn.random.uniform(range=(middle - strength, middle + strength))
 
     @pipeline_def(  # type: ignore[untyped-decorator]
-        batch_size=_DALI_BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1, enable_conditionals=True
+        batch_size=_DALI_BATCH,
+        num_threads=1,
+        device_id=None,
+        prefetch_queue_depth=1,
+        enable_conditionals=True,
     )
     def two_views() -> tuple[Any, ...]:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
@@ -173,7 +192,9 @@ def _dali(size: int) -> Views:
                     hue=around(0, 360 * view.hue),  # degrees
                 )
             if drawn(view.gray_p):
-                gray = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
+                gray = fn.color_space_conversion(
+                    image, image_type=types.RGB, output_type=types.GRAY
+                )
                 image = fn.cat(gray, gray, gray, axis=2)
             if drawn(view.blur_p):
                 image = fn.gaussian_blur(image, sigma=fn.random.uniform(range=view.blur_sigma))
@@ -217,7 +238,9 @@ def _image_by_image(
 
 def _in_batches(size: int, batch: Callable[[Sequence[bytes]], tuple[Tensor, ...]]) -> Views:
     def views(encoded: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-        a, b = zip(*(batch(encoded[i : i + size]) for i in range(0, len(encoded), size)), strict=True)
+        a, b = zip(
+            *(batch(encoded[i : i + size]) for i in range(0, len(encoded), size)), strict=True
+        )
         return (a[0], b[0]) if len(a) == 1 else (torch.cat(a), torch.cat(b))
 
     return views

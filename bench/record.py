@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import runlog
+import experiment
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 SCHEMA = 1
 _ROOT = Path(__file__).parent.parent
 _MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
-_DISTRIBUTIONS = ("torch", "torchvision", "nvidia-dali-cuda130", "simplejpeg", "numba", "numpy", "pillow")
+_DISTRIBUTIONS = (
+    "torch",
+    "torchvision",
+    "nvidia-dali-cuda130",
+    "simplejpeg",
+    "numba",
+    "numpy",
+    "pillow",
+)
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,12 @@ class Step:
     precision: str
     batch_size: int
     rates: Rates
-    ratio: float | None  # of its rate to the other's: the median over the turns; None where the other has none
-    memory_gib: float | None  # that it allocates at most, beside the views; None where that was not measured
+    ratio: (
+        float | None
+    )  # of its rate to the other's: the median over the turns; None where the other has none
+    memory_gib: (
+        float | None
+    )  # that it allocates at most, beside the views; None where that was not measured
 
     @property
     def ms(self) -> float:
@@ -131,7 +143,7 @@ class Record:
     schema: int = SCHEMA
 
     def write(self, path: Path) -> None:
-        runlog.write_json(path, dataclasses.asdict(self))
+        experiment.write_json(path, dataclasses.asdict(self))
 
 
 def read(path: Path) -> Record:
@@ -149,7 +161,14 @@ def read(path: Path) -> Record:
 def _record(values: dict[str, Any]) -> Record:
     def rung(of: dict[str, Any]) -> Rung:
         alone = of["alone"] and Rates(**of["alone"])
-        return Rung(**{**of, "rates": Rates(**of["rates"]), "ranks": [Rates(**r) for r in of["ranks"]], "alone": alone})
+        return Rung(
+            **{
+                **of,
+                "rates": Rates(**of["rates"]),
+                "ranks": [Rates(**r) for r in of["ranks"]],
+                "alone": alone,
+            }
+        )
 
     def contender(of: dict[str, Any]) -> Contender:
         return Contender(**{**of, "rates": Rates(**of["rates"])})
@@ -157,9 +176,17 @@ def _record(values: dict[str, Any]) -> Record:
     def step(of: dict[str, Any]) -> Step:
         return Step(**{**of, "rates": Rates(**of["rates"])})
 
-    parts: dict[str, Any] = {"machine": Machine(**values["machine"]), "data": Data(**values["data"])}
-    parts |= {"rungs": list(map(rung, values["rungs"])), "contenders": list(map(contender, values["contenders"]))}
-    parts |= {"steps": list(map(step, values.get("steps", [])))}  # which earlier records do not have
+    parts: dict[str, Any] = {
+        "machine": Machine(**values["machine"]),
+        "data": Data(**values["data"]),
+    }
+    parts |= {
+        "rungs": list(map(rung, values["rungs"])),
+        "contenders": list(map(contender, values["contenders"])),
+    }
+    parts |= {
+        "steps": list(map(step, values.get("steps", [])))
+    }  # which earlier records do not have
     return Record(**{**values, **parts})
 
 
@@ -206,7 +233,14 @@ def gpu_settings(device: torch.device) -> tuple[float | None, str | None]:
 
     # By its UUID: nvidia-smi counts all GPUs of the machine, torch those in CUDA_VISIBLE_DEVICES.
     name = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    said = _output(["nvidia-smi", "--query-gpu=power.limit,driver_version", "--format=csv,noheader,nounits", name])
+    said = _output(
+        [
+            "nvidia-smi",
+            "--query-gpu=power.limit,driver_version",
+            "--format=csv,noheader,nounits",
+            name,
+        ]
+    )
     limit, _, driver = said.strip().partition(", ")
     try:
         return float(limit), driver or None
@@ -217,7 +251,9 @@ def gpu_settings(device: torch.device) -> tuple[float | None, str | None]:
 def commit() -> str:
     """The commit of this checkout, with a plus where files of it have been changed since."""
     git = ["git", "-C", str(_ROOT)]
-    if _output([*git, "rev-parse", "--show-prefix"]) != "\n":  # no checkout, or a folder in somebody else's
+    if (
+        _output([*git, "rev-parse", "--show-prefix"]) != "\n"
+    ):  # no checkout, or a folder in somebody else's
         return "unknown"
     name = _output([*git, "rev-parse", "--short=12", "HEAD"]).strip()
     changed = _output([*git, "status", "--porcelain", "--untracked-files=no"]).strip()
@@ -232,12 +268,19 @@ def command(arguments: Sequence[str], world: int = 1) -> str:
 
 def _without_folders(word: str) -> str:
     option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-    return option + equals + (Path(value).resolve().name if "/" in value or value in (".", "..") else value)
+    return (
+        option
+        + equals
+        + (Path(value).resolve().name if "/" in value or value in (".", "..") else value)
+    )
 
 
 def _cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _output(command: list[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from . import record, show
+from . import record, tables
 from .record import Record
 from .verdict import E2E, STEP
 
@@ -30,7 +30,9 @@ def main(arguments: list[str]) -> int:
     files = config.files or tuple(sorted((_ROOT / "bench" / "results").glob("feed-*.json")))
     records = [record.read(path) for path in files]
     if not records:
-        raise ValueError("there are no records in bench/results: make one with `python -m bench --json FILE`")
+        raise ValueError(
+            "there are no records in bench/results: make one with `python -m bench --json FILE`"
+        )
     print("\n\n".join(map(rendered, records)))
     if config.plot:
         draw([result for result in records if result.rungs], config.plot)
@@ -50,9 +52,9 @@ def steps(result: Record) -> str:
     lines = [
         f"{_where(result)}; {s['network']}; the loss at D {s['loss']['d']} ({versions}).",
         "",
-        *_table(show.STEP_HEADERS, [show.row_of_step(step, result) for step in result.steps]),
+        *_table(tables.STEP_HEADERS, [tables.row_of_step(step, result) for step in result.steps]),
         "",
-        show.STEP_COLUMNS,
+        tables.STEP_COLUMNS,
         "",
         said,
     ]
@@ -68,17 +70,29 @@ def markdown(result: Record) -> str:
         "",
         *_table(
             ("rung", "images/s", "±", "per core" if not m.gpu else "per core or GPU", "reaches"),
-            [show.row(rung, result) for rung in result.rungs],
+            [tables.row(rung, result) for rung in result.rungs],
         ),
         "",
         " ".join(result.verdict),
     ]
     if result.contenders:
         rows = [
-            (c.name, show.number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}", c.differs or "nothing")
+            (
+                c.name,
+                tables.number(c.rates.median),
+                f"{c.rates.spread:.0%}",
+                f"{c.ratio:.2f}",
+                c.differs or "nothing",
+            )
             for c in result.contenders
         ]
-        headers = ("two views on one core", "images/s", "±", "to the authors'", "differs from the paper in")
+        headers = (
+            "two views on one core",
+            "images/s",
+            "±",
+            "to the authors'",
+            "differs from the paper in",
+        )
         lines += ["", *_table(headers, rows)]
     return "\n".join(lines)
 
@@ -86,10 +100,20 @@ def markdown(result: Record) -> str:
 def conversions(result: Record) -> str:
     """What `python -m bench convert` has measured."""
     rows = [
-        (c.name, show.number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}", c.differs or "itself")
+        (
+            c.name,
+            tables.number(c.rates.median),
+            f"{c.rates.spread:.0%}",
+            f"{c.ratio:.2f}",
+            c.differs or "itself",
+        )
         for c in result.contenders
     ]
-    lines = [f"{_where(result)}.", "", *_table(("conversion", "images/s", "±", "ratio", "to that of"), rows)]
+    lines = [
+        f"{_where(result)}.",
+        "",
+        *_table(("conversion", "images/s", "±", "ratio", "to that of"), rows),
+    ]
     return "\n".join(lines)
 
 
@@ -97,7 +121,11 @@ def _where(result: Record) -> str:
     """The command, the machine and the images."""
     m, d = result.machine, result.data
     gpu = (
-        f", {m.gpu} at {m.gpu_power_limit_w:.0f} W" if m.gpu and m.gpu_power_limit_w else f", {m.gpu}" if m.gpu else ""
+        f", {m.gpu} at {m.gpu_power_limit_w:.0f} W"
+        if m.gpu and m.gpu_power_limit_w
+        else f", {m.gpu}"
+        if m.gpu
+        else ""
     )
     return (
         f"`{result.command}` at {result.commit}: {m.cpu}, {m.cores} cores{gpu}; {d.images:,} {d.name} of "
@@ -117,20 +145,29 @@ def draw(records: Sequence[Record], path: Path) -> None:
     except ImportError:
         raise ValueError("the plot needs matplotlib: `uv sync --group bench`") from None
     figure = Figure(figsize=(11, 3.6 * len(records)), layout="constrained")
-    for panels, result in zip(figure.subplots(len(records), 2, squeeze=False), records, strict=True):
+    for panels, result in zip(
+        figure.subplots(len(records), 2, squeeze=False), records, strict=True
+    ):
         left, right = panels
         rungs = result.rungs[::-1]
-        colours = ["#d1495b" if rung.name == E2E else "#8d96a3" if rung.name == STEP else "#2e86ab" for rung in rungs]
+        colours = [
+            "#d1495b" if rung.name == E2E else "#8d96a3" if rung.name == STEP else "#2e86ab"
+            for rung in rungs
+        ]
         medians = [rung.rates.median for rung in rungs]
         bars = left.barh([rung.name for rung in rungs], medians, color=colours)
-        left.bar_label(bars, [f" {show.number(median)}" for median in medians])
+        left.bar_label(bars, [f" {tables.number(median)}" for median in medians])
         left.set_xscale("log")
         left.set_xlim(min(medians) / 3, max(medians) * 6)
         left.set_xlabel("two-view images/s")
-        left.set_title(f"{result.machine.gpu or result.machine.cpu}, {result.settings['threads']} threads")
+        left.set_title(
+            f"{result.machine.gpu or result.machine.cpu}, {result.settings['threads']} threads"
+        )
         contenders = result.contenders[::-1]
         ours = ["#d1495b" if c.name.startswith("twinfeed") else "#8d96a3" for c in contenders]
-        bars = right.barh([c.name for c in contenders], [c.rates.median for c in contenders], color=ours)
+        bars = right.barh(
+            [c.name for c in contenders], [c.rates.median for c in contenders], color=ours
+        )
         right.bar_label(bars, [f" {c.ratio:.1f}x" for c in contenders])
         right.set_xlabel("two-view images/s on one core")
         right.margins(x=0.15)

@@ -41,7 +41,9 @@ class Backbone(ResNet):
         if small_stem:
             self.maxpool = nn.Identity()
 
-    def _make_layer(self, block: type[BasicBlock | Bottleneck], planes: int, *rest: int, **named: int) -> nn.Sequential:
+    def _make_layer(
+        self, block: type[BasicBlock | Bottleneck], planes: int, *rest: int, **named: int
+    ) -> nn.Sequential:
         if planes == 64:
             self.inplanes = self.width
         return _Stage(*super()._make_layer(block, planes * self.width // 64, *rest, **named))
@@ -61,10 +63,14 @@ class _Stage(nn.Sequential):
         if not (self.recompute and self.training):
             return super().forward(x)
         for block in self:
-            if torch.compiler.is_compiling():  # whose graph updates the running averages once in any case
+            if (
+                torch.compiler.is_compiling()
+            ):  # whose graph updates the running averages once in any case
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputing()))
+                x = checkpoint(
+                    block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputing())
+                )
         return x
 
 

@@ -14,7 +14,7 @@ from .batch_norm import BatchNorm1d, BatchNorm2d
 from .loss import LossParts, barlow_loss, normalize
 
 
-class Twins(NamedTuple):
+class BarlowTwinsOutput(NamedTuple):
     """What the network makes of two views: the loss, and what it comes from, detached."""
 
     parts: LossParts
@@ -38,7 +38,12 @@ class BarlowTwins(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, projector: str, lambd: float, loss_scale: float = 1.0, one_pass: bool = False
+        self,
+        backbone: Backbone,
+        projector: str,
+        lambd: float,
+        loss_scale: float = 1.0,
+        one_pass: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -48,21 +53,25 @@ class BarlowTwins(nn.Module):
             if isinstance(module, (BatchNorm1d, BatchNorm2d)):
                 module.views = 1 + one_pass
 
-    def forward(self, view_a: Tensor, view_b: Tensor) -> Twins:
+    def forward(self, view_a: Tensor, view_b: Tensor) -> BarlowTwinsOutput:
         passes = [torch.cat([view_a, view_b])] if self.one_pass else [view_a, view_b]
         return self.compare([self.backbone(views) for views in passes])
 
-    def compare(self, features: Sequence[Tensor]) -> Twins:
+    def compare(self, features: Sequence[Tensor]) -> BarlowTwinsOutput:
         """From features, [B, F] of each view or [2 B, F] of both, to the loss."""
         embeddings = [self.projector(f) for f in features]
         if self.one_pass:
             features, embeddings = features[0].chunk(2), embeddings[0].chunk(2)
-        with torch.autocast(embeddings[0].device.type, enabled=False):  # squares underflow in half precision
+        with torch.autocast(
+            embeddings[0].device.type, enabled=False
+        ):  # squares underflow in half precision
             # [B, D] each, by the statistics of this view's batch alone
-            a, b = (normalize(z.to(torch.promote_types(z.dtype, torch.float32))) for z in embeddings)
+            a, b = (
+                normalize(z.to(torch.promote_types(z.dtype, torch.float32))) for z in embeddings
+            )
             parts = barlow_loss(a, b, self.lambd)
         parts = parts._replace(loss=parts.loss * self.loss_scale)
-        return Twins(parts, features[0].detach(), a.detach(), b.detach())
+        return BarlowTwinsOutput(parts, features[0].detach(), a.detach(), b.detach())
 
 
 def build_projector(in_features: int, widths: str) -> nn.Sequential:
@@ -72,7 +81,9 @@ def build_projector(in_features: int, widths: str) -> nn.Sequential:
     except ValueError:
         sizes = [0]
     if min(sizes) < 1:
-        raise ValueError(f"projector is {widths!r}: give the widths of its layers, like 8192-8192-8192")
+        raise ValueError(
+            f"projector is {widths!r}: give the widths of its layers, like 8192-8192-8192"
+        )
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes[:-1]):
         layers += [nn.Linear(before, after, bias=False), BatchNorm1d(after), nn.ReLU(inplace=True)]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ranks import gather, world
+from .distributed import all_gather, world_size
 
 
 class _OfEachView:
@@ -30,13 +30,17 @@ class _OfEachView:
     bias: Tensor
     momentum: float
     eps: float
-    recomputing = False  # a second time within one step: the running averages have been updated already
+    recomputing = (
+        False  # a second time within one step: the running averages have been updated already
+    )
 
     def forward(self, x: Tensor) -> Tensor:
         """x [views * B, C] or [views * B, C, H, W], B on each rank alike."""
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        if self.views == world() == 1:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        if self.views == world_size() == 1:
             averages = (self.running_mean, self.running_var)
             if _OfEachView.recomputing:
                 averages = (self.running_mean.clone(), self.running_var.clone())
@@ -49,13 +53,13 @@ class _OfEachView:
         m = y.numel() // (y.shape[0] * y.shape[2])
         mean = y.sum(within, keepdim=True) / m  # [views, 1, C, ...]
         variance = (y - mean).square().sum(within, keepdim=True) / m
-        if world() > 1:
-            moments = gather(torch.stack([mean, variance]))  # [W, 2, views, 1, C, ...]
+        if world_size() > 1:
+            moments = all_gather(torch.stack([mean, variance]))  # [W, 2, views, 1, C, ...]
             mean = moments[:, 0].mean(0)
             variance = (moments[:, 1] + (moments[:, 0] - mean).square()).mean(0)
         if not _OfEachView.recomputing:
             with torch.no_grad():
-                n = world() * m
+                n = world_size() * m
                 for view in range(self.views):
                     self.running_mean.lerp_(mean[view].flatten(), self.momentum)
                     self.running_var.lerp_(variance[view].flatten() * (n / (n - 1)), self.momentum)

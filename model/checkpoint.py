@@ -30,7 +30,9 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 3, milestone_steps: int | None = None) -> None:
         assert keep > 0
         self.path = folder / "checkpoint.pt"
-        self.step: int | None = None  # of the newest whole one, once something was loaded or is on the disk
+        self.step: int | None = (
+            None  # of the newest whole one, once something was loaded or is on the disk
+        )
         self._at_path = False  # whether that is the one at `path`; otherwise what lies there is damaged, if anything
         self._keep, self._milestone_steps = keep, milestone_steps
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
@@ -42,13 +44,18 @@ class Checkpoints:
         Waits first until the save before is on the disk. OSError of a full disk: of that one, not of this.
         """
         self.wait()
-        if self.step is None:  # what a run that was not resumed finds here must be superseded as well
+        if (
+            self.step is None
+        ):  # what a run that was not resumed finds here must be superseded as well
             with suppress(ValueError):
                 self.load()
         devices: set[torch.device] = set()
         state = _in_host_memory(state, devices)
         # Blocking: the thread that waits for the copies sleeps, it does not spin.
-        copied = [torch.cuda.current_stream(d).record_event(torch.cuda.Event(blocking=True)) for d in devices]
+        copied = [
+            torch.cuda.current_stream(d).record_event(torch.cuda.Event(blocking=True))
+            for d in devices
+        ]
         self._writing = self._thread.submit(self._write, state, copied)
 
     def wait(self) -> None:
@@ -78,7 +85,10 @@ class Checkpoints:
                 problems.append(str(error))
             else:
                 self.step, self._at_path = state["step"], path == self.path
-                return state, [f"{problem}; {path} (step {self.step:,}) is used instead" for problem in problems]
+                return state, [
+                    f"{problem}; {path} (step {self.step:,}) is used instead"
+                    for problem in problems
+                ]
         raise ValueError("; ".join([*problems, "there is nothing to resume from"]))
 
     def __enter__(self) -> Checkpoints:
@@ -106,7 +116,9 @@ class Checkpoints:
         for number, path in self._numbered():
             if self.step is not None and number > self.step:
                 path.unlink()
-        superseded = self._name(self.step) if self._at_path and self.step not in (None, step) else None
+        superseded = (
+            self._name(self.step) if self._at_path and self.step not in (None, step) else None
+        )
         save_checkpoint(self.path, state, superseded)
         self.step, self._at_path = step, True
         self._prune()
@@ -125,7 +137,9 @@ def _in_host_memory(value: Any, devices: set[torch.device]) -> Any:
         if not value.is_cuda:
             return value.to("cpu", copy=True)
         devices.add(value.device)
-        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(
+            value, non_blocking=True
+        )
     if isinstance(value, dict):
         copied = copy.copy(value)  # of the same type: with the versions that a state_dict carries
         copied.update((name, _in_host_memory(part, devices)) for name, part in value.items())
@@ -168,21 +182,33 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    archive, mark, digest = memoryview(data)[: -len(_MARK) - 64], data[-len(_MARK) - 64 : -64], data[-64:]
+    archive, mark, digest = (
+        memoryview(data)[: -len(_MARK) - 64],
+        data[-len(_MARK) - 64 : -64],
+        data[-64:],
+    )
     actual = hashlib.sha256(archive)
     actual.update(_NO_COMMENT)
     if mark != _MARK or actual.hexdigest().encode() != digest:
-        raise ValueError(f"{path} is damaged or no checkpoint of twinfeed: its checksum does not hold")
+        raise ValueError(
+            f"{path} is damaged or no checkpoint of twinfeed: its checksum does not hold"
+        )
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is no checkpoint of twinfeed: it holds more than tensors and plain values") from None
+        raise ValueError(
+            f"{path} is no checkpoint of twinfeed: it holds more than tensors and plain values"
+        ) from None
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise ValueError(f"{path} is no checkpoint of twinfeed: it does not say of which step it is")
+        raise ValueError(
+            f"{path} is no checkpoint of twinfeed: it does not say of which step it is"
+        )
     return state
 
 
-def load_states(parts: Mapping[str, Any], saved: Mapping[str, Any] | None, path: Path) -> dict[str, Any]:
+def load_states(
+    parts: Mapping[str, Any], saved: Mapping[str, Any] | None, path: Path
+) -> dict[str, Any]:
     """Give each part (a network, an optimizer) its state again; returns the rest of what was saved, {} for nothing.
 
     ValueError where one at `path` does not fit.
@@ -192,7 +218,11 @@ def load_states(parts: Mapping[str, Any], saved: Mapping[str, Any] | None, path:
     try:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-    except (RuntimeError, ValueError, KeyError) as error:  # a RuntimeError has one line for each weight
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+    ) as error:  # a RuntimeError has one line for each weight
         reason = " ".join(str(error).split("\n\t")[:2]).strip()
         raise ValueError(f"{path} does not fit this configuration: {reason}") from None
     return {name: value for name, value in saved.items() if name not in parts}
@@ -208,7 +238,9 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 def _replacing(path: Path, superseded: Path | None = None) -> Iterator[BinaryIO]:
     """A file under a temporary name; once it is on the disk, the one at `path` is renamed to `superseded`, and it to
     `path`. In between, there is nothing at `path`."""
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
+    temporary = path.with_name(
+        f".{path.name}.tmp"
+    )  # one name: what a killed process left is overwritten
     try:
         with open(temporary, "wb") as file:
             yield file

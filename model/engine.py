@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .barlow_twins import BarlowTwins
-from .ranks import world
+from .distributed import world_size
 
 
 def prepare_device(device: torch.device, deterministic: bool) -> None:
     """Fast arithmetic where float32 stays, or (slower) arithmetic that gives the same bits each time."""
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # read when cuBLAS is first used
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not deterministic
     if device.type == "cuda":
@@ -31,7 +33,11 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -47,31 +53,42 @@ def choose_compilation(mode: str, device: torch.device) -> tuple[str | None, str
     try:
         torch.compile(torch.square)(torch.ones(8, device=device))
     except Exception as error:
-        return None, f"not compiled, since torch.compile fails here: {str(error).strip().splitlines()[0]}"
+        return (
+            None,
+            f"not compiled, since torch.compile fails here: {str(error).strip().splitlines()[0]}",
+        )
     mode = "default" if mode == "auto" else mode
     return mode, "compiled at the first step" + (f" ({mode})" if mode != "default" else "")
 
 
-def run_on(device: torch.device, network: BarlowTwins, compile_mode: str | None) -> nn.Module:
+def compile_and_wrap(
+    device: torch.device, network: BarlowTwins, compile_mode: str | None
+) -> nn.Module:
     """What takes the place of `network`, already on `device`, in the training step: its parameters are the same.
 
     The network and its loss become one graph. Among several ranks they become two: the gradients of the projector,
     which are most of all, then travel while those of the backbone are computed.
     """
     if compile_mode is not None:
-        if world() == 1:
+        if world_size() == 1:
             network.compile(mode=compile_mode)
         else:
-            torch._dynamo.config.optimize_ddp = False  # it would cut them further, at every 25 MiB of gradients
+            torch._dynamo.config.optimize_ddp = (
+                False  # it would cut them further, at every 25 MiB of gradients
+            )
             network.backbone.compile(mode=compile_mode)
             network.compare = torch.compile(network.compare, mode=compile_mode)  # type: ignore[method-assign]
-    if world() == 1:
+    if world_size() == 1:
         return network
-    one_by_one = not (network.one_pass or network.backbone.layer1.recompute)  # all that torch's own layer can do
+    one_by_one = not (
+        network.one_pass or network.backbone.layer1.recompute
+    )  # all that torch's own layer can do
     if compile_mode is None and device.type == "cuda" and one_by_one:
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 has another name for it, which 2.11 does not know
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # torch 2.15 has another name for it, which 2.11 does not know
         copies = DistributedDataParallel(
             network,
             device_ids=[device] if device.type == "cuda" else None,
@@ -102,7 +119,9 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def largest_batch(device: torch.device, batch: int, peak: int, half_a_step: Callable[[], object]) -> int:
+def largest_batch(
+    device: torch.device, batch: int, peak: int, half_a_step: Callable[[], object]
+) -> int:
     """About the most images of a rank that fit into its memory, from the peak of a step of `batch` and of one of half.
 
     half_a_step: forward and backward of batch // 2 images. What grows with the batch is taken to grow evenly.
@@ -113,12 +132,18 @@ def largest_batch(device: torch.device, batch: int, peak: int, half_a_step: Call
     if device.type == "cuda":
         free = 0.95 * torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - peak
     else:
-        available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
+        available = next(
+            line
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if "MemAvailable" in line
+        )
         free = int(available.split()[1]) * 1024 + _status("VmRSS") - peak
     return max(0, batch + int(free / an_image))
 
 
 def _status(name: str) -> int:
     """Bytes, from what the system says of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) * 1024

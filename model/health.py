@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .barlow_twins import Twins
-from .ranks import sum_of_copies, world
+from .barlow_twins import BarlowTwinsOutput
+from .distributed import all_reduce_identity_grad, world_size
 
 _ROWS = 256  # images that are looked at: the singular values of more take longer than a step
-_FALLEN = 1 / 10  # of the highest so far: a warning. (The demo's rank falls from 70 to 10, and it learns.)
+_FALLEN = (
+    1 / 10
+)  # of the highest so far: a warning. (The demo's rank falls from 70 to 10, and it learns.)
 
 
 @torch.no_grad()
@@ -34,11 +36,11 @@ def feature_readings(features: Tensor) -> dict[str, float]:
     return {"feature_deviation": float(deviation), "effective_rank": math.exp(float(entropy))}
 
 
-def readings(twins: Twins) -> dict[str, float]:
+def readings(twins: BarlowTwinsOutput) -> dict[str, float]:
     """All that is written about a step: the parts of its loss, and its features. Waits for the device."""
-    return {name: float(value.detach()) for name, value in twins.parts._asdict().items()} | feature_readings(
-        twins.features
-    )
+    return {
+        name: float(value.detach()) for name, value in twins.parts._asdict().items()
+    } | feature_readings(twins.features)
 
 
 def correlation_steps(steps: int) -> set[int]:
@@ -49,11 +51,13 @@ def correlation_steps(steps: int) -> set[int]:
 @torch.no_grad()
 def correlation_corner(a: Tensor, b: Tensor, dimensions: int = 64) -> Tensor:
     """C of the first dimensions of normalised embeddings a, b [N, D], over the global batch: float16 on the CPU."""
-    corner = sum_of_copies(a[:, :dimensions].T @ b[:, :dimensions]) / (len(a) * world())
+    corner = all_reduce_identity_grad(a[:, :dimensions].T @ b[:, :dimensions]) / (
+        len(a) * world_size()
+    )
     return corner.half().cpu()
 
 
-def save_correlation(path: Path, twins: Twins) -> None:
+def save_correlation(path: Path, twins: BarlowTwinsOutput) -> None:
     """That corner as a file of numpy's."""
     np.save(path, correlation_corner(twins.a, twins.b).numpy())
 
@@ -64,7 +68,7 @@ _WORDS = {
 }
 
 
-class Collapse:
+class CollapseMonitor:
     """Notices that features have fallen far below what they were, and says so once each time."""
 
     def __init__(self, highest: dict[str, float] | None = None) -> None:
@@ -83,4 +87,8 @@ class Collapse:
             elif now <= _FALLEN * highest and name not in self._said:
                 self._said.add(name)
                 found.append(f"{words} ({name.replace('_', ' ')} {now:.3g}, it was {highest:.3g})")
-        return f"collapse? {'; '.join(found)}: a lower --lr or a longer --warmup-epochs may help" if found else None
+        return (
+            f"collapse? {'; '.join(found)}: a lower --lr or a longer --warmup-epochs may help"
+            if found
+            else None
+        )

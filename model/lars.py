@@ -15,7 +15,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Weights, and one-dimensional parameters (biases, batch norm), which have neither weight decay nor adaptation."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
+        {
+            "params": [p for p in parameters if p.ndim > 1],
+            "weight_decay": weight_decay,
+            "adapt": True,
+        },
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
     ]
 
@@ -37,7 +41,9 @@ class LARS(Optimizer):
     A few launches for each group: the last two lines are torch's fused SGD, the rest are its operations on lists.
     """
 
-    _step_supports_amp_scaling = True  # a GradScaler leaves dividing by its scale, and skipping, to `step`
+    _step_supports_amp_scaling = (
+        True  # a GradScaler leaves dividing by its scale, and skipping, to `step`
+    )
 
     def __init__(
         self,
@@ -47,7 +53,14 @@ class LARS(Optimizer):
         eta: float = 0.001,
         clip: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "eta": eta, "clip": clip, "weight_decay": 0.0, "adapt": True}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "eta": eta,
+            "clip": clip,
+            "weight_decay": 0.0,
+            "adapt": True,
+        }
         super().__init__(groups, defaults)
         first = self.param_groups[0]["params"][0]
         self.skipped = torch.zeros((), device=first.device)
@@ -69,7 +82,9 @@ class LARS(Optimizer):
         if not params:
             return
         grads = [_laid_out_as(p, p.grad) for p in params]
-        if (scale := getattr(self, "grad_scale", None)) is not None:  # set by a GradScaler for the length of a step
+        if (
+            scale := getattr(self, "grad_scale", None)
+        ) is not None:  # set by a GradScaler for the length of a step
             grads = list(torch._foreach_mul(grads, scale.reciprocal()))
         self.skipped = 1 - torch.stack(torch._foreach_norm(grads)).isfinite().all().float()
         self.skipped_steps += self.skipped
@@ -107,13 +122,20 @@ def _laid_out_as(p: Tensor, x: Tensor) -> Tensor:
     """x in the strides of p: torch's fused SGD takes them for equal on a CPU, and insists on it on a GPU."""
     if x.stride() == p.stride():
         return x
-    lies_alike = all(n == 1 or a == b for n, a, b in zip(p.shape, p.stride(), x.stride(), strict=True))
+    lies_alike = all(
+        n == 1 or a == b for n, a, b in zip(p.shape, p.stride(), x.stride(), strict=True)
+    )
     return x.as_strided(p.shape, p.stride()) if lies_alike else torch.empty_like(p).copy_(x)
 
 
-def _layer_rates(params: list[Tensor], grads: list[Tensor], eta: float, clip_lr: float | None) -> list[Tensor]:
+def _layer_rates(
+    params: list[Tensor], grads: list[Tensor], eta: float, clip_lr: float | None
+) -> list[Tensor]:
     """eta * |p| / |g|, or min(that / clip_lr, 1); and 1 where either norm is 0."""
-    p_norms, g_norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
+    p_norms, g_norms = (
+        torch.stack(torch._foreach_norm(params)),
+        torch.stack(torch._foreach_norm(grads)),
+    )
     usable = (p_norms > 0) & (g_norms > 0)
     rates = eta * p_norms / g_norms
     if clip_lr is not None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .ranks import gather, sum_of_copies, sum_over_ranks, world
+from .distributed import all_gather, all_reduce, all_reduce_identity_grad, world_size
 
 
 class LossParts(NamedTuple):
@@ -30,9 +30,9 @@ class LossParts(NamedTuple):
 
 def normalize(z: Tensor, eps: float = 1e-5) -> Tensor:
     """Each dimension of z [N, D] with mean 0 and (biased) variance 1 over the global batch."""
-    n = z.shape[0] * world()
-    centered = z - sum_over_ranks(z.sum(0)) / n
-    variance = sum_over_ranks(centered.square().sum(0)) / n
+    n = z.shape[0] * world_size()
+    centered = z - all_reduce(z.sum(0)) / n
+    variance = all_reduce(centered.square().sum(0)) / n
     return centered * (variance + eps).rsqrt()
 
 
@@ -41,19 +41,21 @@ def barlow_loss(a: Tensor, b: Tensor, lambd: float, form: str = "auto") -> LossP
 
     form: "dxd", "nxn", or "auto" for the cheaper one by shape.
     """
-    n, d = a.shape[0] * world(), a.shape[1]
+    n, d = a.shape[0] * world_size(), a.shape[1]
     if form == "auto":
         form = "nxn" if n < d / 2 else "dxd"
     if form == "dxd":
-        c = sum_of_copies(a.T @ b / n)  # [D, D]
+        c = all_reduce_identity_grad(a.T @ b / n)  # [D, D]
         diagonal, squares = c.diagonal(), c.square().sum()
     else:
-        diagonal = sum_of_copies((a * b).sum(0) / n)  # [D]
+        diagonal = all_reduce_identity_grad((a * b).sum(0) / n)  # [D]
         # This rank's rows of the two Gram matrices, against everybody's columns. Each embedding stands in a row and in
         # a column; by symmetry both give the same gradient, so the columns are constants and the rows count twice.
-        everybodys_a, everybodys_b = (gather(z.detach()).flatten(0, 1) for z in (a, b))  # [N, D]
+        everybodys_a, everybodys_b = (
+            all_gather(z.detach()).flatten(0, 1) for z in (a, b)
+        )  # [N, D]
         rows = (a @ everybodys_a.T * (b @ everybodys_b.T)).sum() / n**2  # [N / W, N] each
-        squares = sum_of_copies(2 * rows - rows.detach())
+        squares = all_reduce_identity_grad(2 * rows - rows.detach())
     invariance = (diagonal - 1).square().sum()
     redundancy = squares - diagonal.square().sum()
     return LossParts(

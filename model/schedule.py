@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 
-def learning_rate_factor(step: int, steps: int, warmup_steps: int, *, start: float = 0.0, end: float = 0.001) -> float:
+def learning_rate_factor(
+    step: int, steps: int, warmup_steps: int, *, start: float = 0.0, end: float = 0.001
+) -> float:
     """The fraction of the peak learning rate at `step` (from 0) of `steps`.
 
     Rises linearly from `start` over `warmup_steps`, then falls along a cosine towards `end`, which it would reach at

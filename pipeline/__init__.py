@@ -3,7 +3,7 @@
 In somebody else's training loop:
 
     store = open_store("photos")
-    loader = open_loader(store, barlow_twins(224), batch_size=256, device="cuda")
+    loader = open_loader(store, barlow_twins(224), LoaderOptions(batch_size=256, device="cuda"))
     for epoch in range(100):
         for (view_a, view_b), labels, samples in loader.epoch(epoch):
             ...
@@ -13,34 +13,33 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
+from .conversion.shard_writer import ConversionProgress
+from .conversion.verify import verify_store
+from .conversion.writer import ConversionResult, write_store
 from .decoders import DECODERS, FOR_ANY_STORE, open_decoder
+from .formats import FORMATS, find_format
 from .images import BadImage, encoded
 from .loader import Batch, Loader
 from .machine import describe_device, find_device, usable_cores
-from .picture import view_picture
+from .options import LoaderOptions
 from .recipe import Recipe, barlow_twins, center_view, crop_view, whole_view
 from .stores import (
     MemoryStore,
     Progress,
     Store,
     Subset,
-    at_most,
     balanced,
     cache_folder,
     check_labels,
     fingerprint,
     hold_out,
+    random_subset,
     with_classes,
 )
 from .stores.demo import demo_folder
 from .stores.folder import FolderStore, find_splits, listed
-from .stores.formats import FORMATS, find_format
-from .stores.shard import Written
-from .stores.verify import verify_store
 from .stores.voc import demo_devkit, open_voc
-from .stores.write import Report, write_store
+from .view_grid import view_grid
 
 __all__ = [
     "DECODERS",
@@ -49,13 +48,14 @@ __all__ = [
     "BadImage",
     "Batch",
     "Loader",
+    "LoaderOptions",
     "MemoryStore",
     "Recipe",
-    "Report",
+    "ConversionResult",
     "Store",
     "Subset",
-    "Written",
-    "at_most",
+    "ConversionProgress",
+    "random_subset",
     "balanced",
     "barlow_twins",
     "cache_folder",
@@ -76,7 +76,7 @@ __all__ = [
     "open_voc",
     "usable_cores",
     "verify_store",
-    "view_picture",
+    "view_grid",
     "whole_view",
     "with_classes",
     "write_store",
@@ -89,43 +89,11 @@ def open_store(path: str | Path, progress: Progress = lambda done, total: None) 
     progress(done, total) is called while it is indexed. ValueError where there is nothing to train on.
     """
     format = find_format(Path(path))
-    return FORMATS[format].open(Path(path), progress) if format else FolderStore(Path(path), progress)
-
-
-def open_loader(
-    store: Store,
-    recipe: Recipe,
-    *,
-    batch_size: int,
-    decoder: str = "auto",
-    hw_decoder_load: float = 0.65,
-    threads: int | None = None,
-    seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    shuffle: bool = True,
-    shuffle_block: int | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Loader:
-    """Batches of `store` distorted by `recipe`: `batch_size` samples a step on each of `world` ranks.
-
-    `threads` decode (default: one a core that this process may use). See `open_decoder` for `decoder` and
-    `hw_decoder_load`, and `Loader` for the rest.
-    """
-    threads, device = threads or usable_cores(), torch.device(device)
-    backend = open_decoder(decoder, store, recipe, threads, device, hw_decoder_load)
-    return Loader(
-        store,
-        recipe,
-        backend,
-        threads=threads,
-        batch_size=batch_size,
-        seed=seed,
-        rank=rank,
-        world=world,
-        shuffle=shuffle,
-        shuffle_block=shuffle_block,
-        device=device,
-        dtype=dtype,
+    return (
+        FORMATS[format].open(Path(path), progress) if format else FolderStore(Path(path), progress)
     )
+
+
+def open_loader(store: Store, recipe: Recipe, options: LoaderOptions) -> Loader:
+    """Batches of `store` distorted by `recipe`, decoded by the decoder that `options` name."""
+    return Loader(store, recipe, open_decoder(store, recipe, options), options)

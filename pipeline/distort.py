@@ -17,8 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .machine import Reservoir
-from .recipe import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, Recipe, ViewParams, barlow_twins, draw
+from .machine import BufferPool
+from .recipe import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    LUMA,
+    SATURATION,
+    Recipe,
+    ViewParams,
+    barlow_twins,
+    draw,
+)
 
 _CHUNK = 16  # images that a CPU thread takes at a time
 
@@ -29,7 +39,7 @@ def distort(
     recipe: Recipe,
     out_dtype: torch.dtype = torch.float32,
     pool: Executor | None = None,
-    memory: Reservoir | None = None,
+    memory: BufferPool | None = None,
 ) -> tuple[Tensor, ...]:
     """Views, each [B, 3, S, S] of `out_dtype`, channels_last and normalised, from uint8 crops [V, B, S, S, 3].
 
@@ -37,10 +47,12 @@ def distort(
     views lie in `memory` there.
     """
     if crops.device.type == "cpu":
-        return _distort_on_cpu(crops, params, recipe, out_dtype, pool, memory or Reservoir())
+        return _distort_on_cpu(crops, params, recipe, out_dtype, pool, memory or BufferPool())
     if out_dtype != torch.float64 and (kernels := _gpu_kernels(crops.device)):
         return kernels(crops, params, recipe, out_dtype)
-    return tuple(distort_batched(view, params.take(v), recipe, out_dtype) for v, view in enumerate(crops))
+    return tuple(
+        distort_batched(view, params.take(v), recipe, out_dtype) for v, view in enumerate(crops)
+    )
 
 
 @cache
@@ -50,14 +62,22 @@ def _gpu_kernels(device: torch.device) -> Callable[..., tuple[Tensor, ...]] | No
     Of 16 pixels a side: the machine code is then that for all multiples of 16.
     """
     try:
-        from .fused_gpu import distort_views
+        from .distort_gpu import distort_views
 
         recipe = barlow_twins(16)
         params = draw(recipe, 0, 0, *np.ones((3, 1), dtype=np.int64))
-        distort_views(torch.zeros((2, 1, 16, 16, 3), dtype=torch.uint8, device=device), params, recipe, torch.float32)
+        distort_views(
+            torch.zeros((2, 1, 16, 16, 3), dtype=torch.uint8, device=device),
+            params,
+            recipe,
+            torch.float32,
+        )
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"distortions take several times as long, since Triton fails here: {reason}", stacklevel=2)
+        warnings.warn(
+            f"distortions take several times as long, since Triton fails here: {reason}",
+            stacklevel=2,
+        )
         return None
     return distort_views
 
@@ -68,9 +88,11 @@ def _distort_on_cpu(
     recipe: Recipe,
     out_dtype: torch.dtype,
     pool: Executor | None,
-    memory: Reservoir,
+    memory: BufferPool,
 ) -> tuple[Tensor, ...]:
-    from .fused import distort_view  # Numba takes a second to import, and a GPU does not need it
+    from .distort_cpu import (
+        distort_view,  # Numba takes a second to import, and a GPU does not need it
+    )
 
     count, batch, size = crops.shape[:3]
     compute = torch.promote_types(out_dtype, torch.float32)
@@ -86,17 +108,25 @@ def _distort_on_cpu(
     return tuple(view.permute(0, 3, 1, 2).to(out_dtype) for view in views)
 
 
-def distort_batched(crops: Tensor, params: ViewParams, recipe: Recipe, out_dtype: torch.dtype) -> Tensor:
+def distort_batched(
+    crops: Tensor, params: ViewParams, recipe: Recipe, out_dtype: torch.dtype
+) -> Tensor:
     """One view [B, 3, S, S] of uint8 crops [B, S, S, 3], on any device."""
     compute = torch.promote_types(out_dtype, torch.float32)
-    x = crops.permute(0, 3, 1, 2).to(compute, memory_format=torch.contiguous_format).div_(255)  # [B, 3, S, S]
+    x = (
+        crops.permute(0, 3, 1, 2).to(compute, memory_format=torch.contiguous_format).div_(255)
+    )  # [B, 3, S, S]
 
-    def apply(operation: Callable[..., Tensor], chosen: NDArray[np.bool_], *values: NDArray[np.float32]) -> None:
+    def apply(
+        operation: Callable[..., Tensor], chosen: NDArray[np.bool_], *values: NDArray[np.float32]
+    ) -> None:
         """x = operation(x, *values) for the chosen samples; `values` [B] arrive as [n, 1, 1, 1]."""
         if not chosen.any():
             return
         at = torch.from_numpy(np.flatnonzero(chosen)).to(x.device)
-        columns = (torch.from_numpy(v[chosen]).to(x.device, compute)[:, None, None, None] for v in values)
+        columns = (
+            torch.from_numpy(v[chosen]).to(x.device, compute)[:, None, None, None] for v in values
+        )
         x[at] = operation(x[at], *columns)
 
     apply(_flip, params.flip)
@@ -109,7 +139,10 @@ def distort_batched(crops: Tensor, params: ViewParams, recipe: Recipe, out_dtype
     apply(_blur, params.blur_sigma > 0, params.blur_sigma)
     apply(_solarize, params.solarize)
 
-    mean, std = (torch.tensor(c, dtype=compute, device=x.device)[:, None, None] for c in (recipe.mean, recipe.std))
+    mean, std = (
+        torch.tensor(c, dtype=compute, device=x.device)[:, None, None]
+        for c in (recipe.mean, recipe.std)
+    )
     return x.sub_(mean).div_(std).to(out_dtype, memory_format=torch.channels_last)
 
 
@@ -170,7 +203,9 @@ def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     pixel = torch.arange(size, device=x.device)
     distance = torch.arange(2 * size, device=x.device)
     kernel = torch.exp(-0.5 * (distance / sigma[:, 0, 0]) ** 2)  # [n, 2 S], one side of it
-    beyond = (kernel[:, None] * (distance > pixel[:, None])).sum(2)  # [n, S]: more than i pixels away
+    beyond = (kernel[:, None] * (distance > pixel[:, None])).sum(
+        2
+    )  # [n, S]: more than i pixels away
     matrix = kernel[:, (pixel[:, None] - pixel).abs()]  # [n, S, S]
     matrix[:, :, 0] += beyond
     matrix[:, :, -1] += beyond.flip(1)

@@ -22,13 +22,21 @@ from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound, 268 MB decoded. Larger is refused undecoded: 1 kB can claim any size.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")  # the last for the pixels that FFCV keeps in a beton
+_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "PPM",
+)  # the last for the pixels that FFCV keeps in a beton
 PPM = b"P6\n%d %d\n255\n"  # width and height of the raw RGB pixels that follow
 
 Encoded = bytes | memoryview
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `image_size` refuses what it warns of
+warnings.filterwarnings(
+    "ignore", category=Image.DecompressionBombWarning
+)  # `image_size` refuses what it warns of
 
 
 class BadImage(ValueError):
@@ -59,22 +67,34 @@ def encoded(picture: Picture) -> bytes:
             with open(picture, "rb") as file:
                 return file.read()
         except OSError as error:
-            raise ValueError(f"{os.fspath(picture)}: {error.strerror}. Name the file of an image") from None
+            raise ValueError(
+                f"{os.fspath(picture)}: {error.strerror}. Name the file of an image"
+            ) from None
     if isinstance(picture, Image.Image):
         if picture.mode == "F":
-            raise ValueError("a PIL image of mode F holds numbers whose range it does not say: make it RGB or L")
+            raise ValueError(
+                "a PIL image of mode F holds numbers whose range it does not say: make it RGB or L"
+            )
         try:
             pixels = _rgb(picture.copy())
         except OSError as error:  # it is read from its file only here
-            raise BadImage(f"{getattr(picture, 'filename', '') or 'a PIL image'}: {error}") from error
+            raise BadImage(
+                f"{getattr(picture, 'filename', '') or 'a PIL image'}: {error}"
+            ) from error
     else:
         pixels = np.asarray(picture)
-        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
+        if (
+            pixels.dtype != np.uint8
+            or pixels.ndim not in (2, 3)
+            or pixels.shape[2:] not in ((), (3,))
+        ):
             raise ValueError(
                 f"an array {list(pixels.shape)} of {pixels.dtype} is no image: give uint8 [height, width, 3] in the "
                 "order RGB, or [height, width] if grey; or a path, or a PIL image"
             )
-        pixels = np.broadcast_to(pixels if pixels.ndim == 3 else pixels[:, :, None], (*pixels.shape[:2], 3))
+        pixels = np.broadcast_to(
+            pixels if pixels.ndim == 3 else pixels[:, :, None], (*pixels.shape[:2], 3)
+        )
     return as_ppm(pixels)
 
 
@@ -92,11 +112,19 @@ def decode(data: Encoded, height: int, width: int) -> Tensor:
     if found is None:
         raise BadImage("it cannot be read, or is empty")
     if found != (height, width):
-        raise BadImage(f"{found[1]} x {found[0]} pixels, but {width} x {height} when it was indexed")
+        raise BadImage(
+            f"{found[1]} x {found[0]} pixels, but {width} x {height} when it was indexed"
+        )
     if data[:2] == b"\xff\xd8":
-        with suppress(ValueError, KeyError):  # a flaw in the data, or 4:4:1: Pillow knows what can be lived with
+        with suppress(
+            ValueError, KeyError
+        ):  # a flaw in the data, or 4:4:1: Pillow knows what can be lived with
             *header_size, colours, _ = simplejpeg.decode_jpeg_header(data)
-            if tuple(header_size) == found and colours in ("YCbCr", "RGB", "Gray"):  # CMYK is Pillow's as well
+            if tuple(header_size) == found and colours in (
+                "YCbCr",
+                "RGB",
+                "Gray",
+            ):  # CMYK is Pillow's as well
                 pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
                 return torch.from_numpy(pixels).permute(2, 0, 1)
     with open_image(data) as image:
@@ -104,7 +132,13 @@ def decode(data: Encoded, height: int, width: int) -> Tensor:
 
 
 def crop(
-    pixels: Tensor, box: NDArray[np.float32], size: int, interpolation: str, *, reads_outside: bool, resizes_first: bool
+    pixels: Tensor,
+    box: NDArray[np.float32],
+    size: int,
+    interpolation: str,
+    *,
+    reads_outside: bool,
+    resizes_first: bool,
 ) -> Tensor:
     """One box (left, top, right, bottom) of uint8 [3, H, W] pixels, resized to uint8 [size, size, 3].
 
@@ -118,12 +152,19 @@ def crop(
         left, top, right, bottom = map(float, box)
         if resizes_first:
             image = image.resize((int(right), int(bottom)), resample)
-        box_in = (left, top, min(right, image.width), min(bottom, image.height))  # float32 may round past the edge
+        box_in = (
+            left,
+            top,
+            min(right, image.width),
+            min(bottom, image.height),
+        )  # float32 may round past the edge
         return torch.from_numpy(np.array(image.resize((size, size), resample, box=box_in)))
     left, top, right, bottom = map(int, box)
     # The copy is for speed: torch's kernel for packed RGB is faster than its strided one by more than it costs.
     inside = pixels[None, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(inside, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
+    return F.interpolate(inside, (size, size), mode=interpolation, antialias=True)[0].permute(
+        1, 2, 0
+    )
 
 
 def _jpeg_size(data: Encoded) -> tuple[int, int] | None:
@@ -140,7 +181,9 @@ def _jpeg_size(data: Encoded) -> tuple[int, int] | None:
             if data[i + 4] != 8:
                 return None
             return int.from_bytes(data[i + 5 : i + 7]), int.from_bytes(data[i + 7 : i + 9])
-        i += 1 if marker == 0xFF else 2 + int.from_bytes(data[i + 2 : i + 4])  # a fill byte, or a whole segment
+        i += (
+            1 if marker == 0xFF else 2 + int.from_bytes(data[i + 2 : i + 4])
+        )  # a fill byte, or a whole segment
     return None
 
 
@@ -162,5 +205,7 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them at 255
         gray = (np.asarray(image).astype(np.uint32) + 128) // 257
         return np.repeat(gray.astype(np.uint8)[:, :, None], 3, axis=2)
-    image.info.pop("transparency", None)  # a palette's alpha, which convert("RGB") ignores but warns about
+    image.info.pop(
+        "transparency", None
+    )  # a palette's alpha, which convert("RGB") ignores but warns about
     return np.array(image.convert("RGB"))

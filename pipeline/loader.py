@@ -18,25 +18,40 @@ from torch import Tensor
 from .decoders import Boxes, Decoder
 from .distort import distort
 from .images import BadImage, decode
-from .machine import Reservoir, single_threaded_workers
-from .order import BLOCKS_MIXED, Samples, block_order, epoch_order, replacements, step_positions, steps_per_epoch
+from .machine import BufferPool, single_threaded_workers, usable_cores
+from .options import LoaderOptions
+from .order import (
+    BLOCKS_MIXED,
+    Samples,
+    block_order,
+    epoch_order,
+    replacements,
+    step_positions,
+    steps_per_epoch,
+)
 from .recipe import Recipe, ViewParams, draw
 from .stores import Store
 
 _BATCHES_READY = 2  # distorted batches that wait for the consumer
-_FETCHED = 256  # samples that the store is asked to fetch at once: who closes the loader waits for no more
-_BAD_IN_A_ROW = 1000  # bad images without a good one between them: no longer a few that can be replaced
+_FETCHED = (
+    256  # samples that the store is asked to fetch at once: who closes the loader waits for no more
+)
+_BAD_IN_A_ROW = (
+    1000  # bad images without a good one between them: no longer a few that can be replaced
+)
 
 
 class Batch(NamedTuple):
     """What one training step needs."""
 
-    views: tuple[Tensor, ...]  # each [B, 3, S, S], channels_last, normalised, on the loader's device
+    views: tuple[
+        Tensor, ...
+    ]  # each [B, 3, S, S], channels_last, normalised, on the loader's device
     labels: Tensor  # int64 [B], -1 where there is none; on the device
     samples: Tensor  # int64 [B], positions in the store; on the host
 
 
-class Step(NamedTuple):
+class PlannedBatch(NamedTuple):
     """What is decided about a step before anything is read: a function of the step, and of which images are bad."""
 
     epoch: int
@@ -58,41 +73,25 @@ class Loader:
     """
 
     def __init__(
-        self,
-        store: Store,
-        recipe: Recipe,
-        decoder: Decoder,
-        *,
-        threads: int,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        shuffle: bool = True,
-        shuffle_block: int | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, store: Store, recipe: Recipe, decoder: Decoder, options: LoaderOptions
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch size is {batch_size}: it must be at least 1")
-        if shuffle_block is not None and shuffle_block < 1:
-            raise ValueError(f"blocks of {shuffle_block} samples cannot be shuffled: they must have at least 1")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} is outside a world of {world}")
-        if shuffle and len(store) < batch_size * world:
+        if options.shuffle and len(store) < options.global_batch_size:
             raise ValueError(
-                f"{len(store)} images are fewer than one batch of {batch_size * world}: take a batch size of at most "
-                f"{len(store) // world}, or more images"
+                f"{len(store)} images are fewer than one batch of {options.global_batch_size}: take a batch size of "
+                f"at most {len(store) // options.world_size}, or more images"
             )
-        self.store, self.recipe, self.decoder, self.threads = store, recipe, decoder, threads
-        self.batch_size, self.seed, self.rank, self.world, self.shuffle = batch_size, seed, rank, world, shuffle
-        self.shuffle_block, self.device, self.dtype = shuffle_block, torch.device(device), dtype
+        self.store = store
+        self.recipe = recipe
+        self.decoder = decoder
+        self.options = options
+        self.threads = options.threads or usable_cores()
+        self.device = torch.device(options.device)
         self.bad: dict[int, str] = {}
 
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
-        n, global_batch = len(self.store), self.batch_size * self.world
-        return steps_per_epoch(n, global_batch) if self.shuffle else -(-n // global_batch)
+        n, global_batch = len(self.store), self.options.global_batch_size
+        return steps_per_epoch(n, global_batch) if self.options.shuffle else -(-n // global_batch)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Generator[Batch, None, None]:
         """The batches of an epoch from its step `first_step` on."""
@@ -116,9 +115,14 @@ class Loader:
 
         def produce() -> None:
             try:
-                with closing(self._batches(first, last)) as batches, torch.cuda.stream(stream):  # nothing for None
+                with (
+                    closing(self._batches(first, last)) as batches,
+                    torch.cuda.stream(stream),
+                ):  # nothing for None
                     for batch in batches:
-                        if stream is not None:  # ready means made: waiting for a batch then includes distorting it
+                        if (
+                            stream is not None
+                        ):  # ready means made: waiting for a batch then includes distorting it
                             stream.synchronize()
                         put(batch)
                         if stop.is_set():
@@ -141,9 +145,13 @@ class Loader:
             while (item := get()) is not None:
                 if isinstance(item, Exception):
                     raise item
-                if isinstance(item, BaseException):  # a SystemExit of some library's must not end the run in silence
+                if isinstance(
+                    item, BaseException
+                ):  # a SystemExit of some library's must not end the run in silence
                     raise RuntimeError(f"a thread of the loader ended with {item!r}") from item
-                if stream is not None:  # their memory belongs to the loader's stream, and is now in use on this one
+                if (
+                    stream is not None
+                ):  # their memory belongs to the loader's stream, and is now in use on this one
                     for tensor in (*item.views, item.labels):
                         tensor.record_stream(torch.cuda.current_stream(self.device))
                 yield item
@@ -151,23 +159,27 @@ class Loader:
             stop.set()
             thread.join()
 
-    def plan(self, first: int, last: int) -> Generator[Step, None, None]:
+    def plan(self, first: int, last: int) -> Generator[PlannedBatch, None, None]:
         """What is decided about the steps first <= step < last before anything is read."""
         order, ordered_epoch = np.arange(len(self.store), dtype=np.int64), -1
         for step in range(first, last):
             epoch, step_of_epoch = divmod(step, len(self))
-            if self.shuffle and epoch != ordered_epoch:
-                order = epoch_order(len(self.store), self.seed, epoch, self.shuffle_block)
+            if self.options.shuffle and epoch != ordered_epoch:
+                order = epoch_order(
+                    len(self.store), self.options.seed, epoch, self.options.shuffle_block
+                )
                 ordered_epoch = epoch
-            positions = step_positions(step_of_epoch, self.batch_size, self.rank, self.world)
+            positions = step_positions(
+                step_of_epoch, self.options.batch_size, self.options.rank, self.options.world_size
+            )
             yield self._plan(epoch, order, positions[positions < len(order)])
 
     def _batches(self, first: int, last: int) -> Generator[Batch, None, None]:
         """Plan -> decode -> repair -> distort. The plan runs ahead of the batches by as much as the decoder likes."""
-        planned: deque[Step] = deque()
+        planned: deque[PlannedBatch] = deque()
         steps = self.plan(first, last)
-        if self.shuffle and self.shuffle_block and hasattr(self.store, "prefetch"):
-            steps = self._fetch_ahead(steps, self.shuffle_block, self.store.prefetch)
+        if self.options.shuffle and self.options.shuffle_block and hasattr(self.store, "prefetch"):
+            steps = self._fetch_ahead(steps, self.options.shuffle_block, self.store.prefetch)
 
         def plan() -> Iterator[tuple[Samples, Boxes]]:
             for step in steps:
@@ -175,8 +187,10 @@ class Loader:
                 yield step.samples, step.params.boxes
 
         stream = self.decoder.stream(plan())
-        pool = single_threaded_workers(self.threads, "distort") if self.device.type == "cpu" else None
-        memory = Reservoir()
+        pool = (
+            single_threaded_workers(self.threads, "distort") if self.device.type == "cpu" else None
+        )
+        memory = BufferPool()
         try:
             for crops, good in stream:
                 step = planned.popleft()
@@ -191,8 +205,8 @@ class Loader:
                 pool.shutdown(cancel_futures=True)
 
     def _fetch_ahead(
-        self, steps: Iterator[Step], block: int, prefetch: Callable[[int, int], None]
-    ) -> Generator[Step, None, None]:
+        self, steps: Iterator[PlannedBatch], block: int, prefetch: Callable[[int, int], None]
+    ) -> Generator[PlannedBatch, None, None]:
         """The same steps; the store fetches each window of blocks while the one before it is used, once an epoch.
 
         In a thread, which waits for the disk. An error there is nobody's loss: reading the samples meets it again.
@@ -201,10 +215,19 @@ class Loader:
         pool = ThreadPoolExecutor(1, "prefetch")
         try:
             for step in steps:
-                first, last = (BLOCKS_MIXED * (int(p) // (BLOCKS_MIXED * block)) for p in step.positions[[0, -1]])
+                first, last = (
+                    BLOCKS_MIXED * (int(p) // (BLOCKS_MIXED * block))
+                    for p in step.positions[[0, -1]]
+                )
                 if step.epoch != epoch:
-                    epoch, asked, order = step.epoch, first, block_order(n, self.seed, step.epoch, block)
-                until = last + 2 * BLOCKS_MIXED  # this window and the next, which begins sooner behind the short block
+                    epoch, asked, order = (
+                        step.epoch,
+                        first,
+                        block_order(n, self.options.seed, step.epoch, block),
+                    )
+                until = (
+                    last + 2 * BLOCKS_MIXED
+                )  # this window and the next, which begins sooner behind the short block
                 for number in order[asked:until].tolist():
                     end = min((number + 1) * block, n)
                     for sample in range(number * block, end, _FETCHED):
@@ -214,10 +237,10 @@ class Loader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _plan(self, epoch: int, order: Samples, positions: Samples) -> Step:
+    def _plan(self, epoch: int, order: Samples, positions: Samples) -> PlannedBatch:
         """The samples at those positions, known bad ones replaced (or left out, without `shuffle`), and their draws."""
         samples = order[positions]
-        if self.bad and self.shuffle:
+        if self.bad and self.options.shuffle:
             taken: set[int] = set()
             for i, sample in enumerate(samples):
                 if int(sample) in self.bad:
@@ -226,11 +249,11 @@ class Loader:
         elif self.bad:
             samples = samples[[int(sample) not in self.bad for sample in samples]]
         rows = self.store.index[samples]
-        params = draw(self.recipe, self.seed, epoch, samples, rows["height"], rows["width"])
-        return Step(epoch, order, positions, samples, params)
+        params = draw(self.recipe, self.options.seed, epoch, samples, rows["height"], rows["width"])
+        return PlannedBatch(epoch, order, positions, samples, params)
 
     def _stand_in(self, position: int, order: Samples, taken: set[int]) -> int:
-        for candidate in replacements(position, len(order), self.batch_size * self.world):
+        for candidate in replacements(position, len(order), self.options.global_batch_size):
             sample = int(order[candidate])
             if sample not in self.bad and sample not in taken:
                 return sample
@@ -241,20 +264,24 @@ class Loader:
         found = f"{len(self.bad)} of {len(self.store)} cannot be decoded"
         return ValueError(f"{what}: {found}, the first: {first}")
 
-    def _repair(self, step: Step, crops: Tensor, good: NDArray[np.bool_]) -> tuple[Step, Tensor]:
+    def _repair(
+        self, step: PlannedBatch, crops: Tensor, good: NDArray[np.bool_]
+    ) -> tuple[PlannedBatch, Tensor]:
         """The same step without its bad samples: replaced, or left out, until all are good."""
         tried, in_a_row = good, 0
         while True:
             for sample in step.samples[~good]:
                 self.bad[int(sample)] = self._reason(int(sample))
             in_a_row = 0 if tried.any() else in_a_row + len(tried)
-            if self.shuffle and in_a_row >= _BAD_IN_A_ROW:
+            if self.options.shuffle and in_a_row >= _BAD_IN_A_ROW:
                 raise self._too_many_bad(f"{in_a_row} images in a row are bad")
             repaired = self._plan(step.epoch, step.order, step.positions)
-            if not self.shuffle:
+            if not self.options.shuffle:
                 return repaired, crops[:, torch.from_numpy(np.flatnonzero(good)).to(crops.device)]
             redo = np.flatnonzero(repaired.samples != step.samples)
-            decoded = self.decoder.stream(iter([(repaired.samples[redo], repaired.params.boxes[:, redo])]))
+            decoded = self.decoder.stream(
+                iter([(repaired.samples[redo], repaired.params.boxes[:, redo])])
+            )
             new_crops, tried = next(decoded)
             decoded.close()
             crops[:, torch.from_numpy(redo).to(crops.device)] = new_crops
@@ -267,17 +294,23 @@ class Loader:
     def _reason(self, sample: int) -> str:
         row = self.store.index[sample]
         try:
-            decode(self.store.read_batch(np.array([sample]))[0], int(row["height"]), int(row["width"]))
+            decode(
+                self.store.read_batch(np.array([sample]))[0], int(row["height"]), int(row["width"])
+            )
         except BadImage as error:
             return str(error)
         return "it did not decode, though it does now"
 
-    def _finish(self, step: Step, crops: Tensor, pool: ThreadPoolExecutor | None, memory: Reservoir) -> Batch:
+    def _finish(
+        self, step: PlannedBatch, crops: Tensor, pool: ThreadPoolExecutor | None, memory: BufferPool
+    ) -> Batch:
         labels = torch.from_numpy(self.store.index["label"][step.samples].astype(np.int64))
         if pool is None:
             crops, labels = (  # a decoder on the device has left its crops there
-                t if t.device.type == self.device.type else t.pin_memory().to(self.device, non_blocking=True)
+                t
+                if t.device.type == self.device.type
+                else t.pin_memory().to(self.device, non_blocking=True)
                 for t in (crops, labels)
             )
-        views = distort(crops, step.params, self.recipe, self.dtype, pool, memory)
+        views = distort(crops, step.params, self.recipe, self.options.dtype, pool, memory)
         return Batch(views, labels, torch.from_numpy(step.samples))

@@ -28,18 +28,26 @@ def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if not re.fullmatch(r"auto|cuda(:\d+)?", name):
         raise ValueError(f"device is {name!r}: choose auto, cpu, cuda or cuda:N")
-    with warnings.catch_warnings(record=True) as caught:  # torch says here what it dislikes about the driver
+    with warnings.catch_warnings(
+        record=True
+    ) as caught:  # torch says here what it dislikes about the driver
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
     if usable:
         if local_rank and ":" in name:
-            raise ValueError(f"--device {name} is one GPU for several ranks: leave it out, and each takes its own")
+            raise ValueError(
+                f"--device {name} is one GPU for several ranks: leave it out, and each takes its own"
+            )
         device = torch.device(f"cuda:{local_rank}" if name in ("auto", "cuda") else name)
         if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"there is no device {device}: this machine has {torch.cuda.device_count()} GPUs")
+            raise ValueError(
+                f"there is no device {device}: this machine has {torch.cuda.device_count()} GPUs"
+            )
         torch.cuda.set_device(device)
         return device
-    present = any(Path("/proc/driver/nvidia/gpus").glob("*")) or any(Path("/dev").glob("nvidia[0-9]*"))
+    present = any(Path("/proc/driver/nvidia/gpus").glob("*")) or any(
+        Path("/dev").glob("nvidia[0-9]*")
+    )
     if name == "auto" and (not present or os.environ.get("CUDA_VISIBLE_DEVICES") == ""):
         return torch.device("cpu")
     reason = f" ({str(caught[0].message).splitlines()[0]})" if caught else ""
@@ -52,7 +60,11 @@ def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
 def describe_device(device: torch.device) -> str:
     """The name of a GPU, or how many cores of the CPU may be used."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {usable_cores()} cores"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {usable_cores()} cores"
+    )
 
 
 def usable_cores() -> int:
@@ -60,7 +72,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Reservoir:
+class BufferPool:
     """Memory for tensors, which is used again when the last tensor that lies in it is gone.
 
     What the system hands out afresh it clears first, page by page: a twelfth of the time of making views on a CPU
@@ -81,7 +93,9 @@ class Reservoir:
                 block = self._free.pop()
         if len(block) < count:
             block = torch.empty(count, dtype=torch.uint8)
-        lent = block.numpy()[:count]  # an object of its own, which the tensors made of it keep alive
+        lent = block.numpy()[
+            :count
+        ]  # an object of its own, which the tensors made of it keep alive
         weakref.finalize(lent, self._free.append, block).atexit = False
         return torch.from_numpy(lent).view(dtype).view(*shape)
 
@@ -103,7 +117,9 @@ def single_threaded_workers(threads: int, name: str) -> ThreadPoolExecutor:
             for _ in range(threads):
                 pool.submit(all_started.wait)
             all_started.wait()
-        except BaseException:  # the system allows no more threads: those that have started must not wait for the rest
+        except (
+            BaseException
+        ):  # the system allows no more threads: those that have started must not wait for the rest
             all_started.abort()
             pool.shutdown()
             raise

@@ -31,7 +31,9 @@ def epoch_order(n: int, seed: int, epoch: int, block: int | None = None) -> Samp
     """
     keys = _keys(n, seed, epoch, 0)
     if block is not None:
-        window = np.argsort(block_order(n, seed, epoch, block)).astype(np.uint64) // np.uint64(BLOCKS_MIXED)  # of each
+        window = np.argsort(block_order(n, seed, epoch, block)).astype(np.uint64) // np.uint64(
+            BLOCKS_MIXED
+        )  # of each
         bits = int(window.max()).bit_length()
         keys = window[np.arange(n) // block] << np.uint64(64 - bits) | keys >> np.uint64(bits)
     return np.argsort(keys, kind="stable")

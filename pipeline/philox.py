@@ -22,7 +22,9 @@ def philox(key: int, c0: object, c1: object, c2: object, c3: object) -> NDArray[
     `key` is taken modulo 2**64; `c0`..`c3` are integers or integer arrays below 2**32 that broadcast together.
     Returns uint64 [4, *shape] with values below 2**32.
     """
-    x0, x1, x2, x3 = np.broadcast_arrays(*(np.asarray(c, dtype=np.uint64) for c in (c0, c1, c2, c3)))
+    x0, x1, x2, x3 = np.broadcast_arrays(
+        *(np.asarray(c, dtype=np.uint64) for c in (c0, c1, c2, c3))
+    )
     k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
     for _ in range(_ROUNDS):
         p0, p1 = _MULTIPLIERS[0] * x0, _MULTIPLIERS[1] * x2  # 32 x 32 -> 64 bits, never overflows

@@ -83,7 +83,9 @@ class Recipe:
         if self.size < 1:
             raise ValueError(f"size is {self.size}: a view needs at least 1 pixel")
         if isinstance(self.crop, CenterCrop) and self.crop.resize < self.size:
-            raise ValueError(f"resize {self.crop.resize} is below size {self.size}: the crop would leave the image")
+            raise ValueError(
+                f"resize {self.crop.resize} is below size {self.size}: the crop would leave the image"
+            )
 
 
 def barlow_twins(
@@ -131,11 +133,15 @@ def whole_view(size: int = 224, resize: int | None = None) -> Recipe:
 class ViewParams(NamedTuple):
     """One row per (view, sample): what `draw` decided. V views, B samples."""
 
-    boxes: NDArray[np.float32]  # [V, B, 4] left, top, right, bottom, in pixels; of a WholeImage, after its first resize
+    boxes: NDArray[
+        np.float32
+    ]  # [V, B, 4] left, top, right, bottom, in pixels; of a WholeImage, after its first resize
     flip: NDArray[np.bool_]  # [V, B]
     jitter: NDArray[np.bool_]  # [V, B]
     jitter_order: NDArray[np.int8]  # [V, B, 4] operations (BRIGHTNESS ... HUE), first to last
-    jitter_factor: NDArray[np.float32]  # [V, B, 4] by operation: three factors around 1, and the hue shift around 0
+    jitter_factor: NDArray[
+        np.float32
+    ]  # [V, B, 4] by operation: three factors around 1, and the hue shift around 0
     gray: NDArray[np.bool_]  # [V, B]
     blur_sigma: NDArray[np.float32]  # [V, B] in pixels of the crop; 0 where there is no blur
     solarize: NDArray[np.bool_]  # [V, B]
@@ -145,7 +151,9 @@ class ViewParams(NamedTuple):
         return ViewParams(*(field[index] for field in self))  # type: ignore[arg-type, index]
 
 
-def draw(recipe: Recipe, seed: int, epoch: int, samples: Samples, heights: Samples, widths: Samples) -> ViewParams:
+def draw(
+    recipe: Recipe, seed: int, epoch: int, samples: Samples, heights: Samples, widths: Samples
+) -> ViewParams:
     """The parameters of every view of `samples` [B], whose images are `heights` x `widths` pixels [B].
 
     The numbers for one sample do not depend on which others it is drawn with.
@@ -153,7 +161,9 @@ def draw(recipe: Recipe, seed: int, epoch: int, samples: Samples, heights: Sampl
     blocks = np.arange((4 * _TRIES + 12) // 4)[:, None, None]  # 4 random words each
     views = np.arange(len(recipe.views))[None, :, None]
     words = philox(seed, np.asarray(samples)[None, None, :], epoch, views, _STREAM << 16 | blocks)
-    u = uniform(words).transpose(1, 0, 2, 3).reshape(4 * len(blocks), *words.shape[2:])  # [4 * blocks, V, B]
+    u = (
+        uniform(words).transpose(1, 0, 2, 3).reshape(4 * len(blocks), *words.shape[2:])
+    )  # [4 * blocks, V, B]
     crop_u, u = u[: 4 * _TRIES].reshape(_TRIES, 4, *u.shape[1:]), u[4 * _TRIES :]
 
     def column(field: str) -> Numbers:  # a number of each view, [V, 1]
@@ -163,7 +173,9 @@ def draw(recipe: Recipe, seed: int, epoch: int, samples: Samples, heights: Sampl
     if isinstance(recipe.crop, RandomResizedCrop):
         boxes = _random_boxes(recipe.crop, crop_u, h, w)
     else:
-        short = np.minimum(h, w)  # torchvision's Resize makes it `resize` pixels, and truncates the long side
+        short = np.minimum(
+            h, w
+        )  # torchvision's Resize makes it `resize` pixels, and truncates the long side
         resized_h = np.where(h <= w, recipe.crop.resize, np.floor(recipe.crop.resize * h / short))
         resized_w = np.where(w <= h, recipe.crop.resize, np.floor(recipe.crop.resize * w / short))
         if isinstance(recipe.crop, WholeImage):
@@ -172,7 +184,9 @@ def draw(recipe: Recipe, seed: int, epoch: int, samples: Samples, heights: Sampl
             one_box = _center_boxes(recipe.size, h, w, resized_h, resized_w)
         boxes = np.broadcast_to(one_box, (*u.shape[1:], 4))
 
-    strength = np.stack([column(f) for f in ("brightness", "contrast", "saturation", "hue")])  # [4, V, 1]
+    strength = np.stack(
+        [column(f) for f in ("brightness", "contrast", "saturation", "hue")]
+    )  # [4, V, 1]
     middle = np.array([1.0, 1.0, 1.0, 0.0])[:, None, None]
     low = np.where(middle == 1, np.maximum(0, middle - strength), -strength)
     factor = low + u[2:6] * (middle + strength - low)
@@ -191,7 +205,9 @@ def draw(recipe: Recipe, seed: int, epoch: int, samples: Samples, heights: Sampl
     )
 
 
-def _random_boxes(crop: RandomResizedCrop, u: NDArray[np.float64], h: Numbers, w: Numbers) -> NDArray[np.float64]:
+def _random_boxes(
+    crop: RandomResizedCrop, u: NDArray[np.float64], h: Numbers, w: Numbers
+) -> NDArray[np.float64]:
     """torchvision's RandomResizedCrop.get_params from uniforms [tries, 4, V, B]; boxes [V, B, 4]."""
     area = h * w * (crop.area[0] + u[:, 0] * (crop.area[1] - crop.area[0]))  # [tries, V, B]
     low, high = np.log(crop.ratio)
@@ -213,8 +229,12 @@ def _random_boxes(crop: RandomResizedCrop, u: NDArray[np.float64], h: Numbers, w
     return np.where(fits.any(axis=0)[:, :, None], chosen, central)
 
 
-def _center_boxes(size: int, h: Numbers, w: Numbers, resized_h: Numbers, resized_w: Numbers) -> Numbers:
+def _center_boxes(
+    size: int, h: Numbers, w: Numbers, resized_h: Numbers, resized_w: Numbers
+) -> Numbers:
     """The fractional box [1, B, 4] that Resize's truncated long side and CenterCrop's rounded corner come to."""
     top, left = np.rint((resized_h - size) / 2), np.rint((resized_w - size) / 2)
     scale_y, scale_x = h / resized_h, w / resized_w
-    return np.stack((left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y), axis=-1)
+    return np.stack(
+        (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y), axis=-1
+    )

@@ -9,12 +9,21 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 VERBS = [ROOT / f"{name}.py" for name in ("train", "convert", "evaluate")]
 EVALUATIONS = [ROOT / f"{name}.py" for name in ("protocols", "subject", "classifier", "results")]
 TALK = [
     ROOT / f"{name}.py"
-    for name in ("presets", "runlog", "run_folder", "metrics", "provenance", "verdict", "report", "held_out")
+    for name in (
+        "presets",
+        "runlog",
+        "run_folder",
+        "metrics",
+        "provenance",
+        "verdict",
+        "report",
+        "held_out",
+    )
 ]
 CHAPTERS = [*VERBS, *EVALUATIONS, *TALK]
 ROOMS = [path for room in ("pipeline", "model") for path in sorted((ROOT / room).rglob("*.py"))]
@@ -30,9 +39,13 @@ def imports(path: Path, *, at_module_level: bool = False) -> Iterator[tuple[int,
     """(0, or the number of leading dots; the absolute name) of everything that a file imports."""
     tree = ast.parse(path.read_text())
     nodes = list(ast.walk(tree))
-    if at_module_level:  # what runs when it is imported: not in functions, nor for type checkers alone
+    if (
+        at_module_level
+    ):  # what runs when it is imported: not in functions, nor for type checkers alone
         lazy = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.Lambda))]
-        lazy += [n for n in nodes if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+        lazy += [
+            n for n in nodes if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"
+        ]
         inside = {id(child) for node in lazy for child in ast.walk(node)}
         nodes = [node for node in nodes if id(node) not in inside]
     package = path.relative_to(ROOT).parent.parts
@@ -66,7 +79,9 @@ def test_nothing_imports_a_verb(path: Path) -> None:
     assert not tops(path) & {verb.stem for verb in VERBS}
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", *(path.stem for path in (*EVALUATIONS, *TALK))])
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", *(path.stem for path in (*EVALUATIONS, *TALK))]
+)
 def test_the_command_line_is_answered_before_torch_is_loaded(name: str) -> None:
     loaded = tops(ROOT / f"{name}.py", at_module_level=True)
     assert not loaded & {"torch", "torchvision", "pipeline", "model"}
@@ -95,12 +110,16 @@ def test_what_one_comes_for_is_read_in_one_evening() -> None:
     talk = {named(path) for path in TALK}
     evaluations = {named(path) for path in (ROOT / "evaluate.py", *EVALUATIONS)}
     evaluations |= {
-        f"model/{name}.py" for name in ("features", "knn", "heads", "svm", "layouts", "foreign", "continuation")
+        f"model/{name}.py"
+        for name in ("features", "knn", "heads", "svm", "layouts", "foreign", "continuation")
     }
     assert sum(sizes[name] for name in formats) <= 3000
     assert sum(sizes[name] for name in talk) <= 1500
     assert sum(sizes[name] for name in evaluations) <= 2250
-    assert sum(size for name, size in sizes.items() if name not in formats | talk | evaluations) <= 4200
+    assert (
+        sum(size for name, size in sizes.items() if name not in formats | talk | evaluations)
+        <= 4200
+    )
     assert sizes["train.py"] <= 250
     assert not {name: size for name, size in sizes.items() if size > 330}
     readme = ROOT / "README.md"

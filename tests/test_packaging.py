@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_photos
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.images import write_photos
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,9 @@ def uv() -> str:
 
 def clone(target: Path) -> Path:
     """The tracked files, as a fresh clone has them."""
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
+    ).stdout
     for name in filter(None, tracked.decode().split("\0")):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target / name)
@@ -40,7 +43,9 @@ def outside_any_environment(**more: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")} | more
 
 
-def test_runs_where_the_libraries_that_ffcv_is_built_from_are_missing(tmp_path: Path, uv: str) -> None:
+def test_runs_where_the_libraries_that_ffcv_is_built_from_are_missing(
+    tmp_path: Path, uv: str
+) -> None:
     env = outside_any_environment(PKG_CONFIG_LIBDIR="/nonexistent")
     code = "import presets; print(presets.parse([])[0])"
     result = subprocess.run(
@@ -63,7 +68,16 @@ def test_pip_install_feeds_somebody_elses_loop(tmp_path: Path, uv: str) -> None:
     subprocess.run([uv, "venv", "-q", "--python", sys.executable, environment], check=True)
     python = environment / "bin" / "python"
     constraints = tmp_path / "constraints.txt"
-    export = [uv, "export", "-q", "--no-hashes", "--no-dev", "--no-emit-project", "--python", sys.executable]
+    export = [
+        uv,
+        "export",
+        "-q",
+        "--no-hashes",
+        "--no-dev",
+        "--no-emit-project",
+        "--python",
+        sys.executable,
+    ]
     with constraints.open("w") as file:
         source = clone(tmp_path / "clone")
         subprocess.run(export, cwd=source, stdout=file, check=True, env=outside_any_environment())
@@ -71,5 +85,7 @@ def test_pip_install_feeds_somebody_elses_loop(tmp_path: Path, uv: str) -> None:
     subprocess.run(install, check=True, env=outside_any_environment())
     write_photos(work / "photos", 256)
     (work / "loop.py").write_text(lines)
-    ran = subprocess.run([python, "loop.py"], cwd=work, env=outside_any_environment(), capture_output=True, text=True)
+    ran = subprocess.run(
+        [python, "loop.py"], cwd=work, env=outside_any_environment(), capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr

@@ -26,23 +26,40 @@ from ..machine import single_threaded_workers
 from ..order import Samples
 from ..recipe import RandomResizedCrop, Recipe, WholeImage
 from ..stores import Store
-from . import Boxes, Crops
+from .decoder import Boxes, Crops
 
 _BATCHES_AHEAD = 2  # in DALI; one more is being read
-_INTERPOLATION = {"bicubic": types.DALIInterpType.INTERP_CUBIC, "bilinear": types.DALIInterpType.INTERP_LINEAR}
-_STAND_IN, _STAND_IN_BOX = np.frombuffer(PPM % (1, 1) + bytes(3), dtype=np.uint8), (0, 0, 1, 1)  # for what is bad
+_INTERPOLATION = {
+    "bicubic": types.DALIInterpType.INTERP_CUBIC,
+    "bilinear": types.DALIInterpType.INTERP_LINEAR,
+}
+_STAND_IN, _STAND_IN_BOX = (
+    np.frombuffer(PPM % (1, 1) + bytes(3), dtype=np.uint8),
+    (0, 0, 1, 1),
+)  # for what is bad
 
 # JPEG markers: frames that every decoder knows (Huffman-coded, sequential or progressive), and what may stand beside.
 _FRAMES, _SCAN, _ADOBE = (0xC0, 0xC1, 0xC2), 0xDA, 0xEE
-_OTHERS = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # Huffman and quantisation tables, restarts, metadata
-_END, _END_BYTES = b"\xff\xd9", 1024  # the end marker, and how far before the end of the file: some writers pad
+_OTHERS = (
+    0xC4,
+    0xDB,
+    0xDD,
+    *range(0xE0, 0xF0),
+    0xFE,
+)  # Huffman and quantisation tables, restarts, metadata
+_END, _END_BYTES = (
+    b"\xff\xd9",
+    1024,
+)  # the end marker, and how far before the end of the file: some writers pad
 
 
 @dataclass
 class _Batch:
     samples: Samples  # [B]
     boxes: Boxes  # [V, B, 4]
-    encoded: list[bytes | None]  # [B] as DALI gets them, None for a bad one; that too where B is 0, which DALI has not
+    encoded: list[
+        bytes | None
+    ]  # [B] as DALI gets them, None for a bad one; that too where B is 0, which DALI has not
     raw: bool = False  # whether all are pixels already: nothing is left that DALI could refuse
 
 
@@ -55,7 +72,13 @@ class DaliDecoder:
     name = "dali"
 
     def __init__(
-        self, store: Store, recipe: Recipe, threads: int, device: torch.device, hw_decoder_load: float, why: str
+        self,
+        store: Store,
+        recipe: Recipe,
+        threads: int,
+        device: torch.device,
+        hw_decoder_load: float,
+        why: str,
     ) -> None:
         self.store, self.recipe, self.threads, self.why = store, recipe, threads, why
         self.device, self.hw_decoder_load = device, hw_decoder_load
@@ -82,8 +105,15 @@ class DaliDecoder:
                     self._mend(running[0], pool)
                     pipeline = self._start(running)
                 done = running.popleft()
-                crops = torch.stack(views)[:, : len(done.samples)]  # [V, B, S, S, 3], copied out of DALI's memory
-                yield crops, np.array([data is not None for data in done.encoded[: len(done.samples)]], dtype=bool)
+                crops = torch.stack(views)[
+                    :, : len(done.samples)
+                ]  # [V, B, S, S, 3], copied out of DALI's memory
+                yield (
+                    crops,
+                    np.array(
+                        [data is not None for data in done.encoded[: len(done.samples)]], dtype=bool
+                    ),
+                )
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -93,9 +123,13 @@ class DaliDecoder:
         kind = _INTERPOLATION[self.recipe.crop.interpolation]
         largest = max(len(batch.encoded) for batch in running)
         # A depth of 1 lets each batch run as soon as it is fed: how far ahead is decided in `stream`.
-        pipeline = Pipeline(largest, self.threads, self.device.index if gpu else None, prefetch_queue_depth=1)
+        pipeline = Pipeline(
+            largest, self.threads, self.device.index if gpu else None, prefetch_queue_depth=1
+        )
         with pipeline:
-            encoded, boxes = (fn.external_source(name=name, device="cpu") for name in ("encoded", "boxes"))
+            encoded, boxes = (
+                fn.external_source(name=name, device="cpu") for name in ("encoded", "boxes")
+            )
             images = fn.decoders.image(
                 encoded,
                 device="mixed" if gpu else "cpu",
@@ -111,7 +145,9 @@ class DaliDecoder:
                     resized = fn.resize(images, size=end, interp_type=kind)
                     views.append(fn.resize(resized, size=size, interp_type=kind))
                 elif self.reads_outside:
-                    views.append(fn.resize(images, size=size, interp_type=kind, roi_start=start, roi_end=end))
+                    views.append(
+                        fn.resize(images, size=size, interp_type=kind, roi_start=start, roi_end=end)
+                    )
                 else:
                     inside = fn.slice(images, start=start, end=end, axes=(0, 1))
                     views.append(fn.resize(inside, size=size, interp_type=kind))
@@ -122,9 +158,16 @@ class DaliDecoder:
 
     def _feed(self, pipeline: Pipeline, batch: _Batch) -> None:
         good = [i for i, data in enumerate(batch.encoded) if data is not None]
-        boxes = np.tile(np.array(_STAND_IN_BOX, np.float32), (len(batch.encoded), len(batch.boxes), 1))  # [B, V, 4]
-        boxes[good] = batch.boxes[:, good].swapaxes(0, 1)[:, :, [1, 0, 3, 2]]  # DALI's are top, left, bottom, right
-        pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) if data else _STAND_IN for data in batch.encoded])
+        boxes = np.tile(
+            np.array(_STAND_IN_BOX, np.float32), (len(batch.encoded), len(batch.boxes), 1)
+        )  # [B, V, 4]
+        boxes[good] = batch.boxes[:, good].swapaxes(0, 1)[
+            :, :, [1, 0, 3, 2]
+        ]  # DALI's are top, left, bottom, right
+        pipeline.feed_input(
+            "encoded",
+            [np.frombuffer(data, np.uint8) if data else _STAND_IN for data in batch.encoded],
+        )
         pipeline.feed_input("boxes", boxes if self.reads_outside else boxes.astype(np.int32))
         pipeline.schedule_run()
 
@@ -145,15 +188,22 @@ class DaliDecoder:
             return data if data is None or data.startswith(b"P6") else _pixels(data, row)
 
         pixels = list(pool.map(strict, batch.encoded, self.store.index[batch.samples]))
-        kept = [data if decoded else None for data, decoded in zip(batch.encoded, pixels, strict=True)]
+        kept = [
+            data if decoded else None for data, decoded in zip(batch.encoded, pixels, strict=True)
+        ]
         batch.raw = kept == batch.encoded
         batch.encoded = pixels if batch.raw else kept
 
-    def _read(self, plan: Iterable[tuple[Samples, Boxes]], pool: ThreadPoolExecutor) -> Iterator[_Batch]:
+    def _read(
+        self, plan: Iterable[tuple[Samples, Boxes]], pool: ThreadPoolExecutor
+    ) -> Iterator[_Batch]:
         """The batches of the plan, each read while the one before it is being used."""
         before: tuple[Samples, Boxes, Iterator[list[bytes | None]]] | None = None
         for step in chain(plan, [None]):
-            now = step and (*step, pool.map(self._encoded, np.array_split(step[0], 4 * self.threads)))
+            now = step and (
+                *step,
+                pool.map(self._encoded, np.array_split(step[0], 4 * self.threads)),
+            )
             if before:
                 samples, boxes, parts = before
                 yield _Batch(samples, boxes, [data for part in parts for data in part] or [None])
@@ -186,7 +236,9 @@ def is_ordinary(data: bytes, row: Any) -> bool:
             if len(body) != 6 + 3 * body[5] or body[6::3] == b"RGB":
                 return False
             size = int.from_bytes(body[1:3]), int.from_bytes(body[3:5])
-        elif marker not in _OTHERS or (marker == _ADOBE and body[:5] == b"Adobe" and body[11:12] != b"\1"):
+        elif marker not in _OTHERS or (
+            marker == _ADOBE and body[:5] == b"Adobe" and body[11:12] != b"\1"
+        ):
             return False
         at += 2 + length
     return False

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from ..formats.beton import BetonStore
 from ..images import Encoded
 from ..machine import torch_threads_kept
 from ..order import Samples
 from ..recipe import Recipe
 from ..stores import Store, Subset
-from ..stores.beton import BetonStore
-from . import Boxes, Crops
-from .torchvision import TorchvisionDecoder
+from .cpu import CpuDecoder
+from .decoder import Boxes, Crops
 
 with torch_threads_kept():  # importing FFCV sets them to one
     from ffcv import Loader
@@ -36,7 +36,7 @@ with torch_threads_kept():  # importing FFCV sets them to one
 _BATCHES_AHEAD = 2  # that are being read, before those that are being decoded
 
 
-class FfcvDecoder(TorchvisionDecoder):
+class FfcvDecoder(CpuDecoder):
     """See `Decoder`. ValueError for a store that is neither a beton nor a part of one, or that FFCV reads otherwise."""
 
     name = "ffcv"
@@ -47,13 +47,26 @@ class FfcvDecoder(TorchvisionDecoder):
         while isinstance(store, Subset):
             self.samples, store = store.samples[self.samples], store.store
         if not isinstance(store, BetonStore):
-            raise ValueError("the decoder ffcv reads betons alone: make one with convert.py, or choose another decoder")
-        self.path, self.raw, self.bytes = store.path, store.raw[self.samples], store.path.stat().st_size
+            raise ValueError(
+                "the decoder ffcv reads betons alone: make one with convert.py, or choose another decoder"
+            )
+        self.path, self.raw, self.bytes = (
+            store.path,
+            store.raw[self.samples],
+            store.path.stat().st_size,
+        )
         fields = Reader(str(self.path)).handlers
-        image = next((name for name, field in fields.items() if isinstance(field, RGBImageField)), None)
+        image = next(
+            (name for name, field in fields.items() if isinstance(field, RGBImageField)), None
+        )
         pipelines = {name: [_Read()] if name == image else None for name in fields}
         # Batches may have any size, since `_Read` has no memory made for them. A seed, or NumPy's state would change.
-        options = {"num_workers": 1, "os_cache": True, "batches_ahead": _BATCHES_AHEAD + 1, "seed": 0}
+        options = {
+            "num_workers": 1,
+            "os_cache": True,
+            "batches_ahead": _BATCHES_AHEAD + 1,
+            "seed": 0,
+        }
         with torch_threads_kept():
             self.loader = Loader(str(self.path), 1, pipelines=pipelines, **options)
         # FFCV's compiled code trusts the tables that it has read: they must be those that were checked.
@@ -62,18 +75,24 @@ class FfcvDecoder(TorchvisionDecoder):
         entries = np.searchsorted(manager.ptrs, addresses).clip(max=len(manager.sizes) - 1)
         same = np.array_equal(addresses, store.index["offset"])
         if not same or not np.array_equal(manager.sizes[entries], store.index["bytes"]):
-            raise ValueError(f"{self.path} has changed, or FFCV misreads it: start anew, or choose another decoder")
+            raise ValueError(
+                f"{self.path} has changed, or FFCV misreads it: start anew, or choose another decoder"
+            )
 
     def stream(self, plan: Iterable[tuple[Samples, Boxes]]) -> Generator[Crops, None, None]:
         with closing(self._read(plan)) as read, closing(super().stream(read)) as crops:
             yield from crops
 
-    def _read(self, plan: Iterable[tuple[Samples, Boxes]]) -> Generator[tuple[Samples, Boxes], None, None]:
+    def _read(
+        self, plan: Iterable[tuple[Samples, Boxes]]
+    ) -> Generator[tuple[Samples, Boxes], None, None]:
         """The plan, and FFCV has read the batches of it that have been given."""
         reading: deque[tuple[Samples, Boxes]] = deque()
         with closing(_Reading(self.loader)) as batches:
             for samples, boxes in plan:
-                if self.path.stat().st_size != self.bytes:  # what was cut off ends a process that looks for it
+                if (
+                    self.path.stat().st_size != self.bytes
+                ):  # what was cut off ends a process that looks for it
                     raise OSError(f"{self.path} has changed while it was being read: restore it")
                 batches.todo.put(self.samples[samples])
                 reading.append((samples, boxes))

@@ -46,10 +46,15 @@ class MemoryStore:
     """
 
     def __init__(self, images: Sequence[bytes], names: Sequence[str] | None = None) -> None:
-        self.images, self.names = list(images), list(names or (f"image {i}" for i in range(len(images))))
+        self.images, self.names = (
+            list(images),
+            list(names or (f"image {i}" for i in range(len(images)))),
+        )
         self.classes: list[str] = []
         self.rejects: dict[str, str] = {}
-        self.index = np.full(len(images), -1, dtype=[("label", "i4"), ("height", "i4"), ("width", "i4")])
+        self.index = np.full(
+            len(images), -1, dtype=[("label", "i4"), ("height", "i4"), ("width", "i4")]
+        )
         for row, data, name in zip(self.index, self.images, self.names, strict=True):
             try:
                 row["height"], row["width"] = image_size(data)
@@ -95,13 +100,17 @@ def hold_out(store: Store, fraction: float, seed: int) -> tuple[Subset, Subset]:
     """
     order, count = shuffled(len(store), seed), max(1, round(fraction * len(store)))
     if count >= len(store):
-        raise ValueError(f"holding out {fraction:g} of {len(store)} images leaves none to train on: hold out fewer")
+        raise ValueError(
+            f"holding out {fraction:g} of {len(store)} images leaves none to train on: hold out fewer"
+        )
     return Subset(store, np.sort(order[count:])), Subset(store, np.sort(order[:count]))
 
 
-def at_most(count: int, store: Store, seed: int = 0) -> Store:
+def random_subset(count: int, store: Store, seed: int = 0) -> Store:
     """`store`, or `count` of its samples at random."""
-    return store if len(store) <= count else Subset(store, np.sort(shuffled(len(store), seed)[:count]))
+    return (
+        store if len(store) <= count else Subset(store, np.sort(shuffled(len(store), seed)[:count]))
+    )
 
 
 def balanced(store: Store, fraction: float, seed: int = 0) -> Subset:
@@ -111,10 +120,16 @@ def balanced(store: Store, fraction: float, seed: int = 0) -> Subset:
     """
     check_labels(store)
     if not 0 < fraction <= 1:
-        raise ValueError(f"a fraction of {fraction:g} of the labels: it must be above 0 and at most 1")
+        raise ValueError(
+            f"a fraction of {fraction:g} of the labels: it must be above 0 and at most 1"
+        )
     order = shuffled(len(store), seed)
-    order = order[np.argsort(store.index["label"][order], kind="stable")]  # by class, within it at random
-    labels, firsts, counts = np.unique(store.index["label"][order], return_index=True, return_counts=True)
+    order = order[
+        np.argsort(store.index["label"][order], kind="stable")
+    ]  # by class, within it at random
+    labels, firsts, counts = np.unique(
+        store.index["label"][order], return_index=True, return_counts=True
+    )
     taken = [
         order[first : first + max(1, round(fraction * int(count)))]
         for label, first, count in zip(labels, firsts, counts, strict=True)
@@ -133,7 +148,9 @@ def with_classes(store: Store, classes: Sequence[str]) -> Subset:
     if unknown:
         example = store.name(int(np.argmax(labels == unknown[0])))
         names = few([store.classes[label] for label in unknown])
-        raise ValueError(f"{example}: the training data have no class {names}: take data whose classes they have")
+        raise ValueError(
+            f"{example}: the training data have no class {names}: take data whose classes they have"
+        )
     renumbered = Subset(store, np.arange(len(store), dtype=np.int64))
     renumbered.classes = list(classes)
     renumbered.index["label"] = np.array([numbers.get(name, -1) for name in store.classes])[labels]
@@ -144,8 +161,9 @@ def check_labels(store: Store) -> None:
     """ValueError where not every image has a label."""
     bare = np.flatnonzero(store.index["label"] < 0)
     if len(bare):
-        first = f"{store.name(int(bare[0]))} has none" + f", as {len(bare):,} of {len(store):,} images" * (
-            len(bare) > 1
+        first = (
+            f"{store.name(int(bare[0]))} has none"
+            + f", as {len(bare):,} of {len(store):,} images" * (len(bare) > 1)
         )
         remedy = "put the images into a sub-folder for each class, of two or more"
         raise ValueError(f"labels are needed, but {first}: {remedy}")
@@ -164,7 +182,9 @@ def shuffled(n: int, seed: int) -> Samples:
 
 def fingerprint(store: Store) -> str:
     """A digest of the number, labels and sizes of a store's images. Exchanged pixels of one size it does not see."""
-    fields = (np.ascontiguousarray(store.index[name]).tobytes() for name in ("label", "height", "width"))
+    fields = (
+        np.ascontiguousarray(store.index[name]).tobytes() for name in ("label", "height", "width")
+    )
     return hashlib.sha256(b"".join(fields)).hexdigest()[:16]
 
 

@@ -38,9 +38,20 @@ SEED = 0
 SPLITS = {"train": range(4000), "test": range(4000, 5000)}  # samples; the label is sample % 10
 LEFTOVER_AGE_S = 3600.0  # a temporary folder untouched for so long belongs to a run that died
 
-INK = np.array([[22, 44, 92], [10, 92, 104], [112, 28, 84], [150, 40, 44], [46, 84, 40], [84, 54, 130]], np.float32)
+INK = np.array(
+    [[22, 44, 92], [10, 92, 104], [112, 28, 84], [150, 40, 44], [46, 84, 40], [84, 54, 130]],
+    np.float32,
+)
 PAPER = np.array(
-    [[250, 236, 206], [252, 208, 186], [204, 234, 214], [190, 222, 246], [246, 214, 232], [248, 232, 150]], np.float32
+    [
+        [250, 236, 206],
+        [252, 208, 186],
+        [204, 234, 214],
+        [190, 222, 246],
+        [246, 214, 232],
+        [248, 232, 150],
+    ],
+    np.float32,
 )
 
 
@@ -114,7 +125,18 @@ def _honeycomb(u: Plane, v: Plane) -> Plane:
     return np.maximum(x, 0.5 * x + 0.866 * y) - 0.375
 
 
-PATTERNS = (_stripes, _checks, _dots, _rings, _zigzag, _bricks, _waves, _diamonds, _scales, _honeycomb)
+PATTERNS = (
+    _stripes,
+    _checks,
+    _dots,
+    _rings,
+    _zigzag,
+    _bricks,
+    _waves,
+    _diamonds,
+    _scales,
+    _honeycomb,
+)
 CLASSES: tuple[str, ...] = tuple(pattern.__name__.lstrip("_") for pattern in PATTERNS)
 
 
@@ -127,7 +149,9 @@ def _field(rng: np.random.Generator, cells: int, width: int, height: int) -> Pla
 def _paint(rng: np.random.Generator, palette: np.ndarray, width: int, height: int) -> np.ndarray:
     """Colours [height, width, 3] that run through the whole palette every few motifs."""
     steps = np.linspace(0, len(palette) - 1, 256)
-    ramp = np.stack([np.interp(steps, np.arange(len(palette)), channel) for channel in palette.T], axis=1)
+    ramp = np.stack(
+        [np.interp(steps, np.arange(len(palette)), channel) for channel in palette.T], axis=1
+    )
     shade = np.clip(1.2 * _field(rng, 10, width, height) - 0.1, 0, 1)
     return ramp.astype(np.float32)[(255 * shade).astype(np.int32)]
 
@@ -173,7 +197,9 @@ def draw(seed: int, sample: int) -> tuple[bytes, int]:
     return encoded.getvalue(), label
 
 
-def demo_folder(cache: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
+def demo_folder(
+    cache: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Path:
     """`<cache>/demo-<version>/`, with `train/<class>/00000.jpg` ... and `test/<class>/...`.
 
     Drawn on first use (5,000 files, 40 MB), then only returned. `progress(images done, images in all)` is
@@ -212,9 +238,13 @@ def _draw_all(folder: Path, progress: Callable[[int, int], None]) -> None:
         (folder / split / name).mkdir(parents=True)
     total = sum(map(len, SPLITS.values()))
     workers = min(os.cpu_count() or 1, 16)
-    read_end, write_end = os.pipe()  # a worker writes one byte an image; the pipe ends when the last worker does
+    read_end, write_end = (
+        os.pipe()
+    )  # a worker writes one byte an image; the pipe ends when the last worker does
     command = [sys.executable, __file__, str(folder), str(workers)]
-    processes = [subprocess.Popen([*command, str(first)], stdout=write_end) for first in range(workers)]
+    processes = [
+        subprocess.Popen([*command, str(first)], stdout=write_end) for first in range(workers)
+    ]
     os.close(write_end)
     try:
         with os.fdopen(read_end, "rb", buffering=0) as pipe:

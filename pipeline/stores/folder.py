@@ -23,9 +23,13 @@ from ..images import SUFFIXES, BadImage, image_size
 from ..order import Samples
 from . import Progress, Store, Subset, cache_folder, few, join_names, split_names
 
-_INDEX = np.dtype([("label", "i4"), ("height", "i4"), ("width", "i4"), ("bytes", "i8"), ("modified_ns", "i8")])
+_INDEX = np.dtype(
+    [("label", "i4"), ("height", "i4"), ("width", "i4"), ("bytes", "i8"), ("modified_ns", "i8")]
+)
 _PROBES = 512  # files handed to the threads at a time: a million at once would take gigabytes of bookkeeping
-_HEADER_BYTES = 16_384  # enough for the size of most JPEGs; the rest of a file is read only where it is not
+_HEADER_BYTES = (
+    16_384  # enough for the size of most JPEGs; the rest of a file is read only where it is not
+)
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what no file is to blame for
 TRAIN, TEST = ("train", "training"), ("val", "valid", "validation", "test")
 
@@ -39,17 +43,23 @@ class FolderStore:
     def __init__(self, root: Path, progress: Progress = lambda done, total: None) -> None:
         self.root = Path(os.path.abspath(root))
         if not self.root.is_dir():
-            raise ValueError(f"{root} is {'no folder' if self.root.exists() else 'not there'}: name a folder of images")
+            raise ValueError(
+                f"{root} is {'no folder' if self.root.exists() else 'not there'}: name a folder of images"
+            )
         unreadable: dict[str, str] = {}
         paths = sorted(walk_images(self.root, unreadable))
         if not paths:
-            raise ValueError(f"{root} holds no image: looked for {', '.join(SUFFIXES)} files in it, to any depth")
+            raise ValueError(
+                f"{root} holds no image: looked for {', '.join(SUFFIXES)} files in it, to any depth"
+            )
         found, rejects = _index(self.root, paths, progress)
         self.rejects = unreadable | rejects
         good = np.flatnonzero(found["height"] > 0)
         if not len(good):
             name, reason = next(iter(self.rejects.items()))
-            raise ValueError(f"{root}: none of its {len(paths)} images can be used; the first, {name}: {reason}")
+            raise ValueError(
+                f"{root}: none of its {len(paths)} images can be used; the first, {name}: {reason}"
+            )
         self.paths = [paths[i] for i in good]
         self.index = found[good]
         self.classes = class_folders(self.paths)
@@ -84,20 +94,33 @@ def listed(store: Store, path: Path) -> Subset:
         text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # which Windows puts first
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}. Name a list of images, one a line") from None
-    names = {os.fsdecode(line.strip()).replace("/", os.sep): None for line in text.splitlines() if line.strip()}
+    names = {
+        os.fsdecode(line.strip()).replace("/", os.sep): None
+        for line in text.splitlines()
+        if line.strip()
+    }
     positions, folder = np.arange(len(store), dtype=np.int64), store
     while isinstance(folder, Subset):
         positions, folder = folder.samples[positions], folder.store
     if not isinstance(folder, FolderStore):
-        raise ValueError(f"{path} names files, which {store.name(0)} has not kept: name the folder, or give a fraction")
+        raise ValueError(
+            f"{path} names files, which {store.name(0)} has not kept: name the folder, or give a fraction"
+        )
     samples: dict[str, int] = {}
     several: set[str] = set()
     for sample, position in enumerate(positions):
         own = folder.paths[position]
-        several |= {name for name in {own, os.path.basename(own)} if samples.setdefault(name, sample) != sample}
+        several |= {
+            name
+            for name in {own, os.path.basename(own)}
+            if samples.setdefault(name, sample) != sample
+        }
     for wrong, what in (
         ([name for name in names if name not in samples], f"are not in {folder.root}"),
-        ([name for name in names if name in several], "are several images there, and want their paths"),
+        (
+            [name for name in names if name in several],
+            "are several images there, and want their paths",
+        ),
     ):
         if wrong:
             raise ValueError(f"{path}: {len(wrong)} of its {len(names)} names {what}: {few(wrong)}")
@@ -126,7 +149,9 @@ def check_folders(root: Path, path: str, error: OSError) -> None:
         except OSError as closed:
             reason = closed.strerror or str(closed)
         if reason:
-            raise OSError(f"the images in {folder} are out of reach: {reason}. Mount or restore it") from error
+            raise OSError(
+                f"the images in {folder} are out of reach: {reason}. Mount or restore it"
+            ) from error
 
 
 def find_splits(root: Path) -> tuple[Path, Path | None]:
@@ -137,16 +162,22 @@ def find_splits(root: Path) -> tuple[Path, Path | None]:
     """
     folders: dict[str, Path] = {}
     betons: dict[str, Path] = {}
-    for entry in os.scandir(root) if root.is_dir() else ():  # asks nothing about each of a million images
+    for entry in (
+        os.scandir(root) if root.is_dir() else ()
+    ):  # asks nothing about each of a million images
         if entry.is_dir():
             folders[entry.name.lower()] = root / entry.name
         elif entry.name.endswith(".beton"):
             betons[entry.name[: -len(".beton")].lower()] = root / entry.name
     if betons.keys() & {*TRAIN} and betons.keys() & {*TEST}:
         folders |= betons
-    train, test = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, TEST))
+    train, test = (
+        next((folders[name] for name in names if name in folders), None) for names in (TRAIN, TEST)
+    )
     if test is not None and folders.keys() <= {*TEST}:
-        raise ValueError(f"{root} holds {test.name}/ but no train/: name the folder of images to train on")
+        raise ValueError(
+            f"{root} holds {test.name}/ but no train/: name the folder of images to train on"
+        )
     if train is None or (test is None and len(folders) > 1):
         return root, None
     return train, test
@@ -164,13 +195,19 @@ def walk_images(root: Path, unreadable: dict[str, str]) -> Iterator[str]:
 
     for folder, folders, files in os.walk(root, onerror=note, followlinks=True):
         real = os.path.realpath(folder)
-        if real in entered or {"config.json", "metrics.jsonl"} <= set(files):  # a run of ours: its picture is no data
+        if real in entered or {"config.json", "metrics.jsonl"} <= set(
+            files
+        ):  # a run of ours: its picture is no data
             folders.clear()
             continue
         entered.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = "" if folder == str(root) else os.path.relpath(folder, root) + os.sep
-        yield from (below + name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+        yield from (
+            below + name
+            for name in files
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        )
 
 
 def class_folders(paths: list[str]) -> list[str]:
@@ -206,7 +243,9 @@ def _index(root: Path, paths: list[str], progress: Progress) -> tuple[NDArray[An
             return np.array((-1, 0, 0, 0, 0), dtype=_INDEX)
 
     found = np.empty(len(paths), dtype=_INDEX)
-    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:  # waits for the disk, mostly
+    with ThreadPoolExecutor(
+        min(32, 4 * (os.cpu_count() or 1))
+    ) as pool:  # waits for the disk, mostly
         for first in range(0, len(paths), _PROBES):
             part = paths[first : first + _PROBES]
             for i, row in enumerate(pool.map(probe, part), first):
@@ -233,7 +272,9 @@ def _load(cache: Path) -> tuple[list[str], NDArray[Any], dict[str, str]]:
     """Paths, index and rejects as saved; nothing where there is no cache or it is damaged: it is only a shortcut."""
     try:
         with open(cache, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            paths, names, reasons = (split_names(saved[key]) for key in ("paths", "rejects", "reasons"))
+            paths, names, reasons = (
+                split_names(saved[key]) for key in ("paths", "rejects", "reasons")
+            )
             index = saved["index"]
         if index.dtype == _INDEX and len(index) == len(paths):
             return paths, index, dict(zip(names, reasons, strict=True))

@@ -1,0 +1,411 @@
+"""Tar files as convert.py writes them and as people have them, beside wds2idx, DALI, GNU tar and webdataset."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import time
+import tracemalloc
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.formats import find_format, tfrecord, webdataset
+from pipeline.formats.index import ROW, index_path, save_index, sidecar_path
+from tests.helpers.images import encoded, picture
+from tests.helpers.libraries import needed
+from tests.helpers.records import JPEGS, LABELS, check_mutations, images_of, opened, write_records
+
+
+def tar(path: Path, *members: tuple[str, bytes], format: int = tarfile.USTAR_FORMAT) -> Path:
+    """What tarfile makes of named members."""
+    with tarfile.open(path, "w", format=format) as file:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    return path
+
+
+def labels_of(store: Any) -> list[Any]:
+    return [store.classes[label] if label >= 0 else None for label in store.index["label"]]
+
+
+def wds2idx(file: Path) -> str:
+    needed("wds2idx")
+    to, utf8 = file.with_suffix(".theirs"), {**os.environ, "LC_ALL": "C.UTF-8"}
+    subprocess.run(
+        [sys.executable, "-m", "wds2idx", file, to], check=True, capture_output=True, env=utf8
+    )
+    return to.read_text()
+
+
+def dalis(file: Path, samples: int) -> list[tuple[bytes, bytes]]:
+    """Images and labels as DALI's own reader finds them by the sidecar of a tar."""
+    dali = needed("nvidia.dali")
+
+    @dali.pipeline_def(batch_size=samples, num_threads=1, device_id=None)
+    def reader() -> Any:
+        ext = ["jpg;jpeg;webp;bmp", "png", "cls"]
+        paths = {"paths": [str(file)], "index_paths": [str(sidecar_path(file))]}
+        return tuple(dali.fn.readers.webdataset(**paths, ext=ext, case_sensitive_extensions=False))
+
+    columns = [[column.at(i).tobytes() for i in range(samples)] for column in reader().run()]
+    return [(jpeg or png, label) for jpeg, png, label in zip(*columns, strict=True)]
+
+
+# ── what we write ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_written_is_a_tar_of_nobody_from_1970(tmp_path: Path) -> None:
+    file = write_records(tmp_path / "a.tar", webdataset)
+    with tarfile.open(file, errorlevel=2) as members:
+        found = [(m.name, m.mtime, m.uid, m.gid, m.mode, m.type) for m in members]
+        names = [name for name, *_ in found]
+        assert {tuple(rest) for _, *rest in found} == {(0, 0, 0, 0o644, tarfile.REGTYPE)}
+        assert names[:4] == ["00000000.jpg", "00000000.cls", "00000001.jpg", "00000002.jpg"]
+        data = {name: members.extractfile(name).read() for name in names}  # type: ignore[union-attr]
+    assert [data[f"{key:08d}.jpg"] for key in range(9)] == JPEGS
+    assert [int(data.get(f"{key:08d}.cls", b"-1")) for key in range(9)] == LABELS
+    assert file.read_bytes() == write_records(tmp_path / "b.tar", webdataset).read_bytes()
+    assert file.stat().st_size % 512 == 0
+
+
+def test_a_store_of_it_reads_at_random(tmp_path: Path) -> None:
+    write_records(tmp_path / "s-2.tar", webdataset, JPEGS[:5], LABELS[:5])
+    write_records(tmp_path / "s-10.tar", webdataset, JPEGS[5:], LABELS[5:])
+    store = pickle.loads(pickle.dumps(opened(tmp_path, webdataset)))
+    order = np.random.default_rng(0).integers(0, 9, 50)
+    assert store.read_batch(order) == [JPEGS[i] for i in order]
+    assert store.index["label"].tolist() == LABELS
+    sizes = list(zip(store.index["width"], store.index["height"], strict=True))
+    assert sizes == [(20 + 3 * i, 40 - 2 * i) for i in range(9)]
+    assert [store.name(i) for i in (4, 5)] == [
+        f"{tmp_path / 's-2.tar'}: 00000004.jpg",
+        f"{tmp_path / 's-10.tar'}: 00000000.jpg",
+    ]
+    assert find_format(tmp_path) == find_format(tmp_path / "s-2.tar") == "webdataset"
+
+
+def test_the_sidecar_is_that_of_wds2idx_and_dali_reads_by_it(tmp_path: Path) -> None:
+    file = write_records(tmp_path / "a.tar", webdataset)
+    opened(file, webdataset)
+    assert sidecar_path(file).read_text() == wds2idx(file)
+    expected = [
+        (image, b"%d" % label if label >= 0 else b"")
+        for image, label in zip(JPEGS, LABELS, strict=True)
+    ]
+    assert dalis(file, 9) == expected
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # the package's
+def test_the_webdataset_package_reads_what_we_write(tmp_path: Path) -> None:
+    package = needed("webdataset")
+    file = write_records(tmp_path / "a.tar", webdataset, JPEGS, range(9))
+    raw = list(package.WebDataset(str(file), shardshuffle=False).to_tuple("__key__", "jpg", "cls"))
+    assert raw == [(f"{key:08d}", JPEGS[key], b"%d" % key) for key in range(9)]
+    decoded = list(
+        package.WebDataset(str(file), shardshuffle=False).decode("pil").to_tuple("jpg", "cls")
+    )
+    assert [(image.size, label) for image, label in decoded] == [
+        ((20 + 3 * i, 40 - 2 * i), i) for i in range(9)
+    ]
+
+
+@pytest.mark.parametrize(
+    "format", [webdataset, tfrecord], ids=lambda module: module.__name__.rpartition(".")[2]
+)
+def test_a_million_images_are_opened_at_once_by_their_index(
+    tmp_path: Path, format: ModuleType
+) -> None:
+    count, file = 1_300_000, tmp_path / f"large{format.SUFFIX}"
+    rows, step = np.zeros(count, dtype=ROW), 2048
+    rows["label"], rows["height"], rows["width"], rows["bytes"] = (
+        np.arange(count) % 1000,
+        40,
+        20,
+        len(JPEGS[0]),
+    )
+    before, _ = format.frame(0, 1, "a.jpg", 1, 40, 20, JPEGS[0], 0)
+    rows["offset"] = np.arange(count) * step + len(before)
+    with file.open("wb") as holes:
+        holes.truncate(count * step)
+        for sample in (0, 777_777, count - 1):
+            holes.seek(sample * step)
+            holes.write(before + JPEGS[0])
+    save_index(index_path(file), [file], rows)
+    start = time.perf_counter()
+    store = opened(file, format)
+    took_s = time.perf_counter() - start
+    tracemalloc.start()
+    opened(file, format)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert took_s < 2
+    assert peak < 300e6
+    assert len(store) == count
+    assert store.read_batch(np.array([count - 1, 0, 777_777])) == [JPEGS[0]] * 3
+
+
+# ── what others write ────────────────────────────────────────────────────────────────────────────────────────────────
+
+LONG = "folder/" * 20 + "n" * 120
+DEEP = "deep/" * 22 + "4.bmp"  # which ustar has room for, in two parts
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_as_people_have_them(tmp_path: Path, format: int) -> None:
+    png, bmp = encoded(picture(31, 17), "PNG"), encoded(picture(8, 9), "BMP")
+    members = [
+        *(("./x/0.JPG", JPEGS[0]), ("./x/0.Cls", b" 12\n"), ("./x/0.txt", b"a dog")),
+        *(("../../1.npy", b"\x93NUMPY"), ("../../1.jpeg", JPEGS[1]), ("../../1.cls", b"5")),
+        *(("/absolute/2.png", png), ("/absolute/2.jpg", JPEGS[2])),  # the mask comes first
+        *(
+            ("README", b"no sample"),
+            (".hidden.jpg", JPEGS[8]),
+            ("x/._0.jpg", JPEGS[8]),
+            ("x/3.seg.png", png),
+        ),
+        *(("x/größer 猫.png", png), ("x/größer 猫.cls", b"0"), ("back\\slash.webp", JPEGS[3])),
+        *((DEEP, bmp), ("end.", b"no extension"), ("no.image.json", b"{}"), ("Empty.JPG", b"")),
+    ]
+    expected = [
+        (JPEGS[0], b" 12\n"),
+        (JPEGS[1], b"5"),
+        (JPEGS[2], b""),
+        (png, b"0"),
+        (JPEGS[3], b""),
+        (bmp, b""),
+    ]
+    names = [
+        "./x/0.JPG",
+        "../../1.jpeg",
+        "/absolute/2.jpg",
+        "x/größer 猫.png",
+        "back\\slash.webp",
+        DEEP,
+    ]
+    if format != tarfile.USTAR_FORMAT:
+        members = [(f"{LONG}.jpg", JPEGS[4]), (f"{LONG}.cls", b"1"), *members]
+        expected, names = [(JPEGS[4], b"1"), *expected], [f"{LONG}.jpg", *names]
+    file = tar(tmp_path / "wild.tar", *members, format=format)
+    store = opened(file, webdataset)
+    assert images_of(store) == [image for image, _ in expected]
+    assert store.index["label"].tolist() == [int(label or b"-1") for _, label in expected]
+    assert list(store.rejects) == ["Empty.JPG"]
+    assert [found.name for found in webdataset.scan(file).found] == [*names, "Empty.JPG"]
+    plain = [
+        i for i, name in enumerate(names) if len(name) < 100 and name.isascii()
+    ]  # others stand elsewhere in a tar
+    assert [store.name(i) for i in plain] == [f"{file}: {names[i]}" for i in plain]
+    assert sorted(os.listdir(tmp_path)) == ["wild.idx", "wild.tar"]
+    samples = int(sidecar_path(file).read_text().split()[1])
+    assert [pair for pair in dalis(file, samples) if pair[0]] == expected
+    ours = [
+        line.replace("\\040", " ").replace("\\134", "\\\\")
+        for line in sidecar_path(file).read_text().splitlines()
+    ]
+    theirs = [line for line in wds2idx(file).splitlines() if "end." not in line]
+    if format == tarfile.GNU_FORMAT:  # wds2idx takes a long name for the data
+        ours, theirs = (
+            [line for line in lines if LONG not in line and DEEP not in line]
+            for lines in (ours, theirs)
+        )
+    assert ours[1:] == theirs[1:]
+
+
+@pytest.mark.parametrize("format", ["gnu", "posix"])
+def test_links_devices_and_sparse_files_are_passed_over(tmp_path: Path, format: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(JPEGS[1])
+    with (tmp_path / "holes.jpg").open("wb") as holes:
+        for i in range(60):  # more of them than a header has room for
+            holes.seek(i * 200_000)
+            holes.write(JPEGS[0])
+    made, options = (
+        tmp_path / "made.tar",
+        ["--sparse", "--hole-detection=raw", f"--format={format}"],
+    )
+    subprocess.run(
+        ["tar", "--create", "--file", made, *options, "a.jpg", "holes.jpg"],
+        cwd=tmp_path,
+        check=True,
+    )
+    with tarfile.open(made, "a") as archive:
+        assert archive.getmember("holes.jpg").issparse()
+        for number, kind in enumerate((b"1", b"2", b"3", b"4", b"6", b"7", b"V", b"5")):
+            special = tarfile.TarInfo(f"special{number}.jpg")
+            special.type, special.linkname = kind, "/etc/passwd"
+            if kind == b"5":
+                special.size = 0o77777  # of which nothing follows
+            archive.addfile(special)
+        archive.addfile(tarfile.TarInfo("folder.jpg/"))
+        last = tarfile.TarInfo("b.jpg")
+        last.size = len(JPEGS[2])
+        archive.addfile(last, io.BytesIO(JPEGS[2]))
+    store = opened(made, webdataset)
+    assert images_of(store) == JPEGS[1:3]
+    assert store.rejects == {}
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_beyond_the_eight_gibibytes_that_octals_can_say(
+    tmp_path: Path, format: int
+) -> None:
+    file = tmp_path / "a.tar"
+    with file.open("wb") as holes:
+        for name, size, data in (
+            ("a.npy", 9 << 30, b""),
+            ("0.jpg", 3 << 30, JPEGS[0]),
+            ("1.jpg", 0, JPEGS[1]),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = size or len(data)
+            holes.write(member.tobuf(format))
+            start = holes.tell()
+            holes.write(data)
+            holes.seek(start - -member.size // 512 * 512)
+        holes.write(bytes(1024))
+    store = opened(file, webdataset)
+    assert store.index["offset"][0] > 12 << 30
+    assert images_of(store) == JPEGS[1:2]
+    assert store.rejects == {"0.jpg": f"it has {3 << 30:,} bytes"}
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "label"),
+    [
+        ("cls", b"007\n", 7),
+        ("cls", b"Egyptian cat\n", "Egyptian cat"),
+        ("cls", "größer".encode(), "größer"),
+        ("cls", b"", None),
+        ("json", json.dumps({"label": 4, "cls": "no"}).encode(), 4),
+        ("json", json.dumps({"cls": "dog", "width": 20}).encode(), "dog"),
+        *(
+            ("json", data, None)
+            for data in (
+                b"{}",
+                b"[1]",
+                b"3",
+                b'{"label": true}',
+                b'{"label": [1]}',
+                b"{",
+                b"[" * 9999,
+            )
+        ),
+        ("txt", b"4", None),
+    ],
+)
+def test_labels_come_from_cls_or_json(
+    tmp_path: Path, part: str, content: bytes, label: int | str | None
+) -> None:
+    store = opened(tar(tmp_path / "a.tar", ("0.jpg", JPEGS[0]), (f"0.{part}", content)), webdataset)
+    assert labels_of(store) == [None if label is None else str(label)]
+
+
+@pytest.mark.parametrize(
+    "content", [b"-2", b"2147483648", b"9" * 19, b"9" * 5000, b"\0\1", b"\x80\xff", b"9999999"]
+)
+def test_labels_that_cannot_be_cost_the_sample(tmp_path: Path, content: bytes) -> None:
+    file = tar(
+        tmp_path / "a.tar",
+        ("0.jpg", JPEGS[0]),
+        ("0.cls", content),
+        ("1.jpg", JPEGS[1]),
+        ("1.cls", b"1"),
+    )
+    for _ in range(2):  # the second time from the cache
+        store = opened(file, webdataset)
+        assert images_of(store) == JPEGS[1:2]
+        assert list(store.rejects) == ["0.jpg"]
+        assert "its label is" in store.rejects["0.jpg"]
+
+
+def test_tars_without_an_image_are_refused_and_one_of_several_is_named(tmp_path: Path) -> None:
+    file = tar(tmp_path / "a.tar", ("0.txt", b"text"))
+    with pytest.raises(ValueError, match=r"a\.tar holds no image .*none ends in \.jpg, \.jpeg"):
+        opened(file, webdataset)
+    tar(tmp_path / "b.tar", ("0.jpg", JPEGS[0]))
+    assert list(opened(tmp_path, webdataset).rejects) == [f"{file.name}: its members"]
+
+
+def test_what_a_folder_holds(tmp_path: Path) -> None:
+    for name in ("s10.tar", "s9.tar", ".hidden.tar", "s9.idx", "notes.txt", "more.tar.gz"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.tar").mkdir()
+    assert [file.name for file in webdataset.files(tmp_path)] == ["s9.tar", "s10.tar"]
+    assert (
+        webdataset.files(tmp_path / "notes.txt") == webdataset.files(tmp_path / "nowhere.tar") == []
+    )
+    (tmp_path / "packed").mkdir()
+    assert webdataset.files(tmp_path / "packed") == []
+    (tmp_path / "packed" / "a.tar.gz").touch()
+    (tmp_path / "packed" / "b.tgz").touch()
+    for path in (tmp_path / "packed", tmp_path / "packed" / "b.tgz"):
+        with pytest.raises(ValueError, match=r"(a\.tar\.gz|b\.tgz) is compressed.*unpack"):
+            find_format(path)
+    (tmp_path / "packed" / "class").mkdir()  # what was left of an archive that is unpacked
+    assert find_format(tmp_path / "packed") is None
+
+
+# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_damaged_header_or_a_cut_is_named_by_its_place(tmp_path: Path) -> None:
+    good = write_records(tmp_path / "good.tar", webdataset).read_bytes()
+    places = {name: good.index(name.encode()) for name in ("00000003.jpg", "00000003.cls")}
+    for at in places.values():
+        for byte in (0, 100, 124, 130, 150, 156, 300):
+            bad = bytearray(good)
+            bad[at + byte] ^= 4
+            (tmp_path / "bad.tar").write_bytes(bad)
+            with pytest.raises(
+                ValueError, match=rf"bad\.tar: no header of a tar at byte {at}: .*damaged"
+            ):
+                webdataset.scan(tmp_path / "bad.tar")
+    ends = (
+        0,
+        1,
+        511,
+        512,
+        places["00000003.jpg"],
+        places["00000003.cls"] + 512,
+        len(good) - 1024,
+        len(good) - 600,
+    )
+    for end in ends:
+        (tmp_path / "cut.tar").write_bytes(good[:end])
+        with pytest.raises(ValueError, match=r"cut\.tar.* byte \d+"):
+            webdataset.scan(tmp_path / "cut.tar")
+
+
+@pytest.mark.parametrize(
+    "size",
+    [b"77777777777\0", b"\x80" + b"\x7f" * 11, b"\xff" * 12, b"-0000000001\0", b"000000008\0\0\0"],
+)
+def test_a_member_may_not_be_larger_than_its_file(tmp_path: Path, size: bytes) -> None:
+    file = write_records(tmp_path / "a.tar", webdataset)
+    content = bytearray(file.read_bytes())
+    content[124:136], content[148:156] = size, b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tar: the member at byte 0 has "):
+        webdataset.scan(file)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_mutations_are_refused_or_read_as_bytes(tmp_path: Path, format: int) -> None:
+    name = "" if format == tarfile.USTAR_FORMAT else LONG
+    members = [
+        (f"{name}{i}.{e}", d)
+        for i in range(3)
+        for e, d in (("jpg", JPEGS[i]), ("cls", b"1"), ("json", b"{}"))
+    ]
+    check_mutations(tar(tmp_path / "a.tar", *members, format=format), webdataset)
