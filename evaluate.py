@@ -155,9 +155,9 @@ def semisup(job: Semisup, console: Console) -> int:
             raise ValueError(
                 f"--labels {job.labels}: neither a fraction nor a file that is there"
             ) from None
-        labelled = pipeline.listed(train, Path(job.labels))
+        labelled = pipeline.subset_from_list(train, Path(job.labels))
     else:
-        labelled = pipeline.balanced(train, fraction, job.images.seed)
+        labelled = pipeline.stratified_subset(train, fraction, job.images.seed)
     share, (_, protocol) = len(labelled) / len(train), job.protocol()
     name = f"semisup-{100 * share:.3g}percent"
     milestones = protocol.milestones or None

@@ -99,7 +99,7 @@ class Classifier:
         for first in range(0, len(images), _TOGETHER):
             part = images[first : first + _TOGETHER]
             names = [str(image) if isinstance(image, str | Path) else "the image" for image in part]
-            store = pipeline.MemoryStore([pipeline.encoded(image) for image in part], names)
+            store = pipeline.MemoryStore([pipeline.encoded_bytes(image) for image in part], names)
             view = pipeline.center_view(self._subject.size)
             loader = self._subject.open_loader(
                 store, view, _TOGETHER, decoder="torchvision"

@@ -7,7 +7,7 @@ from .command import explain, is_rank0, run_command, set_thread_environment
 from .console import Console, ProgressBar, counted, printable
 from .files import finite, write_json
 from .metrics import Metrics, ThroughputMeter
-from .options import DecoderName
+from .options import DecoderName, check_option
 from .presets import PRESETS, Pretrain
 from .provenance import environment
 from .signals import INTERRUPTED, PREEMPTED, stop_signals
@@ -22,6 +22,7 @@ __all__ = [
     "Pretrain",
     "ProgressBar",
     "ThroughputMeter",
+    "check_option",
     "counted",
     "environment",
     "explain",

@@ -6,3 +6,9 @@ from typing import Literal
 
 DecoderName = Literal["auto", "dali", "cpu", "torchvision", "ffcv"]
 """`torchvision` is the name that `cpu` had, kept as an alias."""
+
+
+def check_option(option: str, value: object, valid: bool, requirement: str) -> None:
+    """ValueError that names the option, its value and what it must be, unless `valid`."""
+    if not valid:
+        raise ValueError(f"{option} is {value}: it must be {requirement}")

@@ -18,7 +18,7 @@ from .conversion.verify import verify_store
 from .conversion.writer import ConversionResult, write_store
 from .decoders import DECODERS, FOR_ANY_STORE, open_decoder
 from .formats import FORMATS, find_format
-from .images import BadImage, encoded
+from .images import BadImage, encoded_bytes
 from .loader import Batch, Loader
 from .machine import describe_device, find_device, usable_cores
 from .options import LoaderOptions
@@ -28,16 +28,16 @@ from .stores import (
     Progress,
     Store,
     Subset,
-    balanced,
     cache_folder,
     check_labels,
     fingerprint,
     hold_out,
     random_subset,
+    stratified_subset,
     with_classes,
 )
 from .stores.demo import demo_folder
-from .stores.folder import FolderStore, find_splits, listed
+from .stores.folder import FolderStore, find_splits, subset_from_list
 from .stores.voc import demo_devkit, open_voc
 from .view_grid import view_grid
 
@@ -56,7 +56,7 @@ __all__ = [
     "Subset",
     "ConversionProgress",
     "random_subset",
-    "balanced",
+    "stratified_subset",
     "barlow_twins",
     "cache_folder",
     "center_view",
@@ -65,12 +65,12 @@ __all__ = [
     "demo_devkit",
     "demo_folder",
     "describe_device",
-    "encoded",
+    "encoded_bytes",
     "find_device",
     "find_splits",
     "fingerprint",
     "hold_out",
-    "listed",
+    "subset_from_list",
     "open_loader",
     "open_store",
     "open_voc",

@@ -56,7 +56,7 @@ def image_size(data: Encoded) -> tuple[int, int]:
     return size
 
 
-def encoded(picture: Picture) -> bytes:
+def encoded_bytes(picture: Picture) -> bytes:
     """A file as it is, or a PIL image, or an array [H, W, 3] (RGB) or [H, W] (grey), as a PPM of the pixels that
     `decode` would give: so that whatever is at hand goes through one pipeline.
 

@@ -113,7 +113,7 @@ def random_subset(count: int, store: Store, seed: int = 0) -> Store:
     )
 
 
-def balanced(store: Store, fraction: float, seed: int = 0) -> Subset:
+def stratified_subset(store: Store, fraction: float, seed: int = 0) -> Subset:
     """A fraction of each class, at least one image, chosen by `seed` alone; a larger fraction holds a smaller one.
 
     ValueError where there are no labels, or for a fraction outside (0, 1].
@@ -147,7 +147,7 @@ def with_classes(store: Store, classes: Sequence[str]) -> Subset:
     unknown = [int(label) for label in np.unique(labels) if store.classes[label] not in numbers]
     if unknown:
         example = store.name(int(np.argmax(labels == unknown[0])))
-        names = few([store.classes[label] for label in unknown])
+        names = first_names([store.classes[label] for label in unknown])
         raise ValueError(
             f"{example}: the training data have no class {names}: take data whose classes they have"
         )
@@ -169,7 +169,7 @@ def check_labels(store: Store) -> None:
         raise ValueError(f"labels are needed, but {first}: {remedy}")
 
 
-def few(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
     """The first three of them, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..images import SUFFIXES, BadImage, image_size
 from ..order import Samples
-from . import Progress, Store, Subset, cache_folder, few, join_names, split_names
+from . import Progress, Store, Subset, cache_folder, first_names, join_names, split_names
 
 _INDEX = np.dtype(
     [("label", "i4"), ("height", "i4"), ("width", "i4"), ("bytes", "i8"), ("modified_ns", "i8")]
@@ -85,7 +85,7 @@ class FolderStore:
             return b""
 
 
-def listed(store: Store, path: Path) -> Subset:
+def subset_from_list(store: Store, path: Path) -> Subset:
     """The samples that a list names, one a line: `n01440764_123.JPEG` as SimCLR's, or by the path in the folder.
 
     ValueError for names that are not there or could be several images, and for a store that is no folder.
@@ -123,7 +123,9 @@ def listed(store: Store, path: Path) -> Subset:
         ),
     ):
         if wrong:
-            raise ValueError(f"{path}: {len(wrong)} of its {len(names)} names {what}: {few(wrong)}")
+            raise ValueError(
+                f"{path}: {len(wrong)} of its {len(names)} names {what}: {first_names(wrong)}"
+            )
     if not names:
         raise ValueError(f"{path} names no image: it should hold a name a line")
     return Subset(store, np.unique([samples[name] for name in names]))

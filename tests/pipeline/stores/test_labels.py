@@ -19,12 +19,12 @@ from pipeline import (
     MemoryStore,
     Store,
     Subset,
-    balanced,
     center_view,
-    encoded,
-    listed,
+    encoded_bytes,
     open_loader,
     open_store,
+    stratified_subset,
+    subset_from_list,
     with_classes,
 )
 from pipeline.images import decode
@@ -46,7 +46,7 @@ def test_a_file_and_a_pil_image_have_the_pixels_that_a_store_would_have(
     about = dict(image.info)
     for at_hand in (path, str(path), image):
         assert np.array_equal(
-            decode(encoded(at_hand), 30, 41).permute(1, 2, 0), by_pillow(FORMATS[name])
+            decode(encoded_bytes(at_hand), 30, 41).permute(1, 2, 0), by_pillow(FORMATS[name])
         )
     assert about.items() <= image.info.items(), "and the caller's has lost nothing"
 
@@ -59,16 +59,17 @@ def test_arrays_keep_their_pixels_whatever_their_strides() -> None:
         np.repeat(pixels, 2, axis=1)[:, ::2],
         pixels[::-1][::-1],
     ):
-        assert np.array_equal(Image.open(io.BytesIO(encoded(array))), pixels)
+        assert np.array_equal(Image.open(io.BytesIO(encoded_bytes(array))), pixels)
     assert np.array_equal(
-        Image.open(io.BytesIO(encoded(pixels[:, :, 1]))), np.stack([pixels[:, :, 1]] * 3, axis=2)
+        Image.open(io.BytesIO(encoded_bytes(pixels[:, :, 1]))),
+        np.stack([pixels[:, :, 1]] * 3, axis=2),
     )
 
 
 def test_16_bit_pil_images_are_scaled() -> None:
     levels = np.arange(0, 65536, 7, dtype=np.uint16)[: 96 * 97].reshape(96, 97)
     expected = np.repeat(np.rint(levels / 257.0)[:, :, None], 3, axis=2)
-    assert np.array_equal(Image.open(io.BytesIO(encoded(Image.fromarray(levels)))), expected)
+    assert np.array_equal(Image.open(io.BytesIO(encoded_bytes(Image.fromarray(levels)))), expected)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_16_bit_pil_images_are_scaled() -> None:
 )
 def test_what_is_no_image_is_refused_with_the_remedy(wrong: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        encoded(wrong)
+        encoded_bytes(wrong)
 
 
 def test_a_damaged_file_behind_a_pil_image_is_a_bad_image_with_its_name(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_a_damaged_file_behind_a_pil_image_is_a_bad_image_with_its_name(tmp_path
         Image.open(tmp_path / "half.png") as image,
         pytest.raises(BadImage, match=r"half\.png: .*truncated"),
     ):
-        encoded(image)
+        encoded_bytes(image)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_a_damaged_file_behind_a_pil_image_is_a_bad_image_with_its_name(tmp_path
     [
         (b"text", "b: it is no JPEG"),
         (b"", "b: "),
-        (encoded(np.zeros((0, 4, 3), dtype=np.uint8)), "b: "),
+        (encoded_bytes(np.zeros((0, 4, 3), dtype=np.uint8)), "b: "),
     ],
 )
 def test_images_in_memory_need_a_size(data: bytes, said: str) -> None:
@@ -132,7 +133,7 @@ def test_images_in_memory_go_through_the_pipeline_as_those_of_a_folder(photos: P
     paths = [folder.name(i) for i in range(60)]
     images: list[Any] = [path if i % 3 else Image.open(path) for i, path in enumerate(paths)]
     store: Store = pickle.loads(
-        pickle.dumps(MemoryStore([encoded(image) for image in images], paths))
+        pickle.dumps(MemoryStore([encoded_bytes(image) for image in images], paths))
     )
     assert [store.name(i) for i in range(60)] == paths
     assert store.classes == []
@@ -205,15 +206,17 @@ def test_a_fraction_has_its_share_of_each_class_by_the_seed(tmp_path: Path) -> N
         (0.55, [2, 28, 11]),
         (1, [3, 50, 20]),
     ):
-        part = balanced(store, fraction, seed=3)
+        part = stratified_subset(store, fraction, seed=3)
         assert np.bincount(part.index["label"]).tolist() == expected
         assert (np.diff(part.samples) > 0).all()
-        assert np.array_equal(part.samples, balanced(store, fraction, seed=3).samples)
+        assert np.array_equal(part.samples, stratified_subset(store, fraction, seed=3).samples)
     tenth, half = (
-        set(balanced(store, fraction, seed=3).samples.tolist()) for fraction in (0.1, 0.5)
+        set(stratified_subset(store, fraction, seed=3).samples.tolist()) for fraction in (0.1, 0.5)
     )
     assert tenth < half
-    chosen = Counter(i for seed in range(200) for i in balanced(store, 0.1, seed).samples.tolist())
+    chosen = Counter(
+        i for seed in range(200) for i in stratified_subset(store, 0.1, seed).samples.tolist()
+    )
     assert all(
         20 - 5 * 4.3 < chosen[i] < 20 + 5 * 4.3 for i in range(3, 73)
     )  # each one in ten, give or take 4.3
@@ -222,7 +225,7 @@ def test_a_fraction_has_its_share_of_each_class_by_the_seed(tmp_path: Path) -> N
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.01, float("nan")])
 def test_fractions_are_above_0_and_at_most_1(photos: Path, fraction: float) -> None:
     with pytest.raises(ValueError, match=f"a fraction of {fraction:g} of the labels"):
-        balanced(open_store(photos), fraction)
+        stratified_subset(open_store(photos), fraction)
 
 
 def test_labels_are_needed_where_labels_are_taken(tmp_path: Path) -> None:
@@ -233,7 +236,7 @@ def test_labels_are_needed_where_labels_are_taken(tmp_path: Path) -> None:
     some.index["label"][1] = -1
     for store, said in ((none, r"1\.jpg has none, as 2 of 2 images"), (some, r"2\.jpg has none")):
         for use in (
-            lambda store: balanced(store, 0.1),
+            lambda store: stratified_subset(store, 0.1),
             lambda store: with_classes(store, ["a", "b"]),
         ):
             with pytest.raises(
@@ -251,13 +254,16 @@ def test_a_list_names_images_by_file_or_by_path(tmp_path: Path) -> None:
     list_.write_bytes(
         b"\xef\xbb\xbfn2_5.JPEG\r\nn0/n0_3.JPEG\r\n\r\n  n1_1.JPEG \nx 1.JPEG\nn2_5.JPEG\n"
     )
-    part = listed(store, list_)
+    part = subset_from_list(store, list_)
     expected = ["n0/deep/x 1.JPEG", "n0/n0_3.JPEG", "n1/n1_1.JPEG", "n2/n2_5.JPEG"]
     assert [str(paths[i]) for i in part.samples] == expected
     assert [store.classes[label] for label in part.index["label"]] == ["n0", "n0", "n1", "n2"]
     half = Subset(with_classes(store, ["n2", "n1", "n0"]), np.array([12, 1, 0]))
     list_.write_text(f"{paths[1].name}\n{paths[12].name}\n")
-    assert [half.name(i) for i in listed(half, list_).samples] == [store.name(12), store.name(1)]
+    assert [half.name(i) for i in subset_from_list(half, list_).samples] == [
+        store.name(12),
+        store.name(1),
+    ]
 
 
 def test_wrong_lists_are_refused_with_what_is_wrong(tmp_path: Path) -> None:
@@ -268,20 +274,20 @@ def test_wrong_lists_are_refused_with_what_is_wrong(tmp_path: Path) -> None:
         ValueError,
         match=r"list\.txt: 4 of its 5 names are not in .*: 7\.jpg, 8\.jpg, b/9\.jpg and 1",
     ):
-        listed(store, list_)
+        subset_from_list(store, list_)
     list_.write_text("2.jpg\n1.jpg\n")
     with pytest.raises(ValueError, match=r"1 of its 2 names are several images there, .*: 1\.jpg$"):
-        listed(store, list_)
+        subset_from_list(store, list_)
     list_.write_text("b/1.jpg\n")
-    assert listed(store, list_).name(0).endswith("b/1.jpg")
+    assert subset_from_list(store, list_).name(0).endswith("b/1.jpg")
     list_.write_text("\n \n")
     with pytest.raises(ValueError, match=r"list\.txt names no image"):
-        listed(store, list_)
+        subset_from_list(store, list_)
     with pytest.raises(ValueError, match=r"gone\.txt: No such file"):
-        listed(store, tmp_path / "gone.txt")
+        subset_from_list(store, tmp_path / "gone.txt")
     list_.write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match=r"list\.txt: "):
-        listed(store, list_)
+        subset_from_list(store, list_)
 
 
 def test_a_list_of_records_is_refused_with_the_remedy(tmp_path: Path, photos: Path) -> None:
@@ -293,4 +299,4 @@ def test_a_list_of_records_is_refused_with_the_remedy(tmp_path: Path, photos: Pa
         with pytest.raises(
             ValueError, match=r"list\.txt names files, .* name the folder, or give a fraction"
         ):
-            listed(Subset(store, np.array([0])), tmp_path / "list.txt")
+            subset_from_list(Subset(store, np.array([0])), tmp_path / "list.txt")
