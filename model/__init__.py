@@ -1,25 +1,22 @@
 """Views -> loss -> update: the network, its loss, LARS, precision and compilation, ranks, and checkpoints."""
 
 from .backbone import BACKBONES, Backbone, build_backbone
-from .barlow_twins import BarlowTwins, BarlowTwinsOutput
+from .barlow_twins import BarlowTwins, BarlowTwinsOutput, NetworkConfig, build_network
 from .checkpoint import (
     Checkpoints,
     configuration_changes,
     load_checkpoint,
     load_states,
     save_checkpoint,
-    write_atomically,
 )
 from .distributed import Distributed
 from .engine import (
     choose_compilation,
     choose_precision,
     compile_and_wrap,
-    largest_batch,
-    peak_memory,
     prepare_device,
-    reset_peak_memory,
 )
+from .files import write_atomically
 from .health import (
     CollapseMonitor,
     correlation_corner,
@@ -41,6 +38,14 @@ from .interop import (
 )
 from .lars import LARS, parameter_groups
 from .loss import LossParts, barlow_loss, normalize
+from .memory import (
+    largest_batch,
+    peak_memory,
+    peak_resident_bytes,
+    reset_peak_memory,
+    reset_peak_resident,
+    resident_bytes,
+)
 from .schedule import learning_rate_factor
 from .step_guard import StepGuard
 
@@ -56,10 +61,12 @@ __all__ = [
     "LARS",
     "LAYOUTS",
     "LossParts",
+    "NetworkConfig",
     "StepGuard",
     "Weights",
     "barlow_loss",
     "build_backbone",
+    "build_network",
     "choose_compilation",
     "choose_precision",
     "compile_and_wrap",
@@ -78,10 +85,13 @@ __all__ = [
     "normalize",
     "parameter_groups",
     "peak_memory",
+    "peak_resident_bytes",
     "prepare_device",
     "read_weights",
     "readings",
     "reset_peak_memory",
+    "reset_peak_resident",
+    "resident_bytes",
     "safe_load",
     "save_checkpoint",
     "save_correlation",

@@ -4,14 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone
+from .backbone import Backbone, build_backbone
 from .batch_norm import BatchNorm1d, BatchNorm2d
 from .loss import LossParts, barlow_loss, normalize
+
+
+class NetworkConfig(Protocol):
+    """The settings that `build_network` reads; `experiment.presets.ModelConfig` has them."""
+
+    @property
+    def backbone(self) -> str:
+        """A name in `BACKBONES`."""
+
+    @property
+    def width(self) -> int:
+        """Channels of the first stage of the backbone, 64 in the published networks."""
+
+    @property
+    def small_stem(self) -> bool:
+        """Whether the backbone starts with a stem for 32-pixel images."""
+
+    @property
+    def projector(self) -> str:
+        """Widths of the projector's linear layers, "8192-8192-8192" in the paper."""
+
+    @property
+    def lambd(self) -> float:
+        """Weight of the redundancy term."""
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the loss."""
 
 
 class BarlowTwinsOutput(NamedTuple):
@@ -72,6 +100,22 @@ class BarlowTwins(nn.Module):
             parts = barlow_loss(a, b, self.lambd)
         parts = parts._replace(loss=parts.loss * self.loss_scale)
         return BarlowTwinsOutput(parts, features[0].detach(), a.detach(), b.detach())
+
+
+def build_network(config: NetworkConfig, *, one_pass: bool = False) -> BarlowTwins:
+    """Build the network of a configuration with random weights, on the current default device.
+
+    Args:
+        config: Architecture and loss.
+        one_pass: Whether both views go through the network as one batch (see `BarlowTwins`).
+
+    Raises:
+        ValueError: The backbone, its width or the projector is not valid.
+    """
+    backbone = build_backbone(config.backbone, config.width, config.small_stem)
+    return BarlowTwins(
+        backbone, config.projector, config.lambd, config.loss_scale, one_pass=one_pass
+    )
 
 
 def build_projector(in_features: int, widths: str) -> nn.Sequential:

@@ -7,14 +7,16 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from .files import replace_atomically
 
 # torch files are zip archives. The digest of one is its comment, whose length stands before it: in a fresh file, 0.
 _NO_COMMENT, _MARK = b"\0\0", (7 + 64).to_bytes(2, "little") + b"sha256:"
@@ -155,7 +157,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], superseded: Path | None =
     The file stays one that `torch.load` reads. What was at `path` is then at `superseded`, where that is given. OSError
     (a full disk) leaves what was at `path` as it was.
     """
-    with _replacing(path, superseded) as file:
+    with replace_atomically(path, superseded) as file:
         archive = _Archive(file)
         try:
             torch.save(state, archive)  # type: ignore[arg-type]  # not a whole file, but what of one is used
@@ -226,42 +228,6 @@ def load_states(
         reason = " ".join(str(error).split("\n\t")[:2]).strip()
         raise ValueError(f"{path} does not fit this configuration: {reason}") from None
     return {name: value for name, value in saved.items() if name not in parts}
-
-
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that is either all there or not there. OSError (a full disk) leaves what was there before."""
-    with _replacing(path) as file:
-        file.write(data)
-
-
-@contextmanager
-def _replacing(path: Path, superseded: Path | None = None) -> Iterator[BinaryIO]:
-    """A file under a temporary name; once it is on the disk, the one at `path` is renamed to `superseded`, and it to
-    `path`. In between, there is nothing at `path`."""
-    temporary = path.with_name(
-        f".{path.name}.tmp"
-    )  # one name: what a killed process left is overwritten
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if superseded is not None and path.exists():
-            os.replace(path, superseded)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if not isinstance(error, OSError):
-            raise
-        said = f"{error.strerror}; what was there before is unchanged"  # a full disk does not say what it was writing
-        raise OSError(error.errno, said, str(path)) from error
-    with suppress(OSError):  # of file systems that have this for files alone
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def configuration_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -4,8 +4,6 @@
 
 import os
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -103,47 +101,3 @@ def compile_and_wrap(
 def _sum(gradients: Tensor) -> torch.futures.Future[Tensor]:
     summed = dist.all_reduce(gradients, async_op=True).get_future()
     return summed.then(lambda future: future.value()[0])
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes in use on `device` since the last `reset_peak_memory`, or the start; of the process, on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def largest_batch(
-    device: torch.device, batch: int, peak: int, half_a_step: Callable[[], object]
-) -> int:
-    """About the most images of a rank that fit into its memory, from the peak of a step of `batch` and of one of half.
-
-    half_a_step: forward and backward of batch // 2 images. What grows with the batch is taken to grow evenly.
-    """
-    reset_peak_memory(device)
-    half_a_step()
-    an_image = max(1, peak - peak_memory(device)) / max(1, batch - batch // 2)
-    if device.type == "cuda":
-        free = 0.95 * torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - peak
-    else:
-        available = next(
-            line
-            for line in Path("/proc/meminfo").read_text().splitlines()
-            if "MemAvailable" in line
-        )
-        free = int(available.split()[1]) * 1024 + _status("VmRSS") - peak
-    return max(0, batch + int(free / an_image))
-
-
-def _status(name: str) -> int:
-    """Bytes, from what the system says of this process."""
-    line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
-    )
-    return int(line.split()[1]) * 1024

@@ -18,7 +18,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from ..backbone import BACKBONES, Backbone, build_backbone
 from ..barlow_twins import build_projector
-from ..checkpoint import write_atomically
+from ..files import write_atomically
 from .safe_load import safe_load
 
 
