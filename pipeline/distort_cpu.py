@@ -7,20 +7,21 @@ Numba compiles it at the first call, which takes seconds, and keeps the result b
 from __future__ import annotations
 
 import math
-import warnings
-from functools import partial
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from .numba_cache import CachedKernel
 from .recipe import CONTRAST, HUE, LUMA, SATURATION, Recipe, ViewParams
 
 # Values are finite and sums may be taken in any order: what lets the compiler use whole vectors.
-_compiled = partial(
-    njit, nogil=True, error_model="numpy", fastmath={"contract", "nnan", "ninf", "nsz", "reassoc"}
-)
-_fast = _compiled()
+_OPTIONS = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "nnan", "ninf", "nsz", "reassoc"},
+}
+_fast = njit(**_OPTIONS)
 
 
 def distort_view(
@@ -37,26 +38,10 @@ def distort_view(
     fields = map(
         np.ascontiguousarray, (crops, *params[1:])
     )  # other strides would be compiled for anew
-    _run(*fields, reach, levels, luma, scale, shift, out)
+    _distort(*fields, reach, levels, luma, scale, shift, out)
 
 
-def _run(*arguments: object) -> None:
-    """The kernel that is kept on disk; where that cannot be read or written, one that is not."""
-    global _kernel
-    kernel = _kernel
-    try:
-        kernel(*arguments)
-    except Exception as error:  # a damaged file raises anything, a full disk OSError
-        if kernel is _unkept:
-            raise
-        warnings.warn(
-            f"Numba's cache cannot be used, so that each run compiles anew: {error!r}", stacklevel=2
-        )
-        _kernel = _unkept
-        _unkept(*arguments)
-
-
-def _distort(
+def _distort_crops(
     crops,
     flip,
     jitter,
@@ -235,8 +220,4 @@ def _normalize(row, scale, shift, out):
         out[x] = row[x] * scale + shift
 
 
-_unkept = _fast(_distort)
-try:
-    _kernel = _compiled(cache=True)(_distort)
-except RuntimeError:  # neither this folder nor the user's can be written
-    _kernel = _unkept
+_distort = CachedKernel(_distort_crops, _OPTIONS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import importlib.util
 import math
 import os
 import subprocess
@@ -404,38 +403,6 @@ def test_without_triton_a_gpu_distorts_in_batches(monkeypatch: pytest.MonkeyPatc
         assert _gpu_kernels.__wrapped__(cpu) is None
     monkeypatch.undo()
     assert _gpu_kernels.__wrapped__(cpu) is not None
-
-
-def test_without_a_cache_that_works_the_kernel_is_compiled_for_this_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def damaged(*arguments: object) -> None:
-        raise EOFError("Ran out of input")
-
-    def not_writable(*arguments: object, **options: object) -> None:
-        raise PermissionError("read-only")
-
-    crops, params = crops_of(4, 32), unchanged(1, 4)
-    before = distort_on_cpu(crops, params, PLAIN)[0]
-    monkeypatch.setattr(
-        distort_cpu, "_unkept", distort_cpu._kernel
-    )  # any kernel will do, and this one is compiled
-    monkeypatch.setattr(distort_cpu, "_kernel", damaged)
-    with pytest.warns(UserWarning, match="cache cannot be used.*Ran out of input"):
-        assert torch.equal(distort_on_cpu(crops, params, PLAIN)[0], before)
-    assert torch.equal(
-        distort_on_cpu(crops, params, PLAIN)[0], before
-    )  # nor is it tried, and warned about, again
-
-    monkeypatch.setattr("tempfile.TemporaryFile", not_writable)  # how Numba looks for a folder
-    spec = importlib.util.spec_from_file_location(
-        "pipeline.distort_cpu_elsewhere", distort_cpu.__file__
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module._kernel is module._unkept
 
 
 # ── each of them alone ───────────────────────────────────────────────────────────────────────────────────────────────
