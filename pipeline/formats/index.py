@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files import atomic_write
 from ..images import BadImage, image_size
 from ..stores import Progress, cache_folder, join_names, split_names
 
@@ -61,17 +62,11 @@ def index_path(path: Path) -> Path:
 
 
 def save_index(to: Path, files: Sequence[Path], index: NDArray[Any], **more: Any) -> None:
-    """Writes the index of `files`, whole or not at all."""
-    temporary = to.with_name(f"{to.name}.{os.getpid()}.tmp.npz")
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        names: Any = join_names(file.name for file in files)
-        np.savez(temporary, rows=index, files=names, sizes=_sizes(files), **more)
-        os.replace(temporary, to)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    """Write the index of `files` atomically."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    names: Any = join_names(file.name for file in files)
+    with atomic_write(to, concurrent=True) as file:
+        np.savez(file, rows=index, files=names, sizes=_sizes(files), **more)
 
 
 def load_index(path: Path, files: Sequence[Path]) -> NDArray[Any] | None:
@@ -256,9 +251,8 @@ def _settle_sidecar(file: Path, text: str) -> None:
         return
     if not beside.exists():
         with suppress(OSError):  # read-only: DALI's own reader then has none, ours needs none
-            temporary = beside.with_name(f"{beside.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(text.encode())
-            os.replace(temporary, beside)
+            with atomic_write(beside, concurrent=True) as sidecar:
+                sidecar.write(text.encode())
     elif beside.read_bytes() != text.encode():
         raise ValueError(f"{beside} does not describe {file.name}: delete it, it is made again")
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files import atomic_write
 from ..images import SUFFIXES, BadImage, image_size
 from ..order import Samples
 from . import Progress, Store, Subset, cache_folder, first_names, join_names, split_names
@@ -286,13 +287,9 @@ def _load(cache: Path) -> tuple[list[str], NDArray[Any], dict[str, str]]:
 
 
 def _save(cache: Path, paths: list[str], index: NDArray[Any], rejects: dict[str, str]) -> None:
-    temporary = cache.with_suffix(f".{os.getpid()}.tmp.npz")
-    try:
+    names = {"paths": paths, "rejects": rejects, "reasons": rejects.values()}
+    arrays: dict[str, Any] = {key: join_names(texts) for key, texts in names.items()}
+    with suppress(OSError):  # a read-only or full disk costs a new scan the next time, not this run
         cache.parent.mkdir(parents=True, exist_ok=True)
-        names = {"paths": paths, "rejects": rejects, "reasons": rejects.values()}
-        arrays: dict[str, Any] = {key: join_names(texts) for key, texts in names.items()}
-        np.savez(temporary, index=index, **arrays)
-        os.replace(temporary, cache)
-    except OSError:  # a read-only or full disk costs a new scan the next time, not this run
-        with suppress(OSError):
-            temporary.unlink()
+        with atomic_write(cache, concurrent=True) as file:
+            np.savez(file, index=index, **arrays)
