@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import model
-from experiment.presets import ModelConfig
+from experiment.config import ModelConfig
 
 
 class Network(nn.Module):

@@ -1,6 +1,12 @@
-"""What the machine could do at most where a rung does nothing but its one necessary thing: measured, not looked up.
+"""Upper bounds for the stages, measured on this machine rather than looked up.
 
-Each is the best of several repeats, on as many threads as the rung has.
+A stage cannot be faster than the one thing that it has to do: reading cannot be faster than
+copying memory, decoding not faster than a bare call of libjpeg-turbo, a training step not faster
+than its multiplications alone. The throughput of that one thing is the stage's roofline. The
+fraction of it that a stage reaches says how much there is left to gain.
+
+Each roofline is the best of several repeats, on as many threads as the stage has. What a training
+step has to multiply and to move is counted in `step_cost.py`.
 """
 
 from __future__ import annotations
@@ -9,179 +15,145 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from experiment.presets import ModelConfig
 
-_BLOCK = 16 << 20  # bytes a thread: beyond what its core's caches hold
+from .step_cost import step_flop
+
+_BLOCK = 16 << 20  # bytes per thread: more than the caches of its core hold
 _GPU_BLOCK = 256 << 20
-_REPEATS, _SECONDS = (
-    5,
-    0.5,
-)  # at least: others on the machine are less likely to be in the way all the time
+# At least so many repeats, and for at least so long: other load on the machine is less likely to
+# slow down all of them.
+_REPEATS = 5
+_SECONDS = 0.5
 
 
-def reading(mean_bytes: float, threads: int) -> float:
+def read_rate(mean_bytes: float, threads: int) -> float:
     """Images/s at which encoded images are copied in memory."""
-    blocks = [
-        (np.ones(_BLOCK, dtype=np.uint8), np.ones(_BLOCK, dtype=np.uint8)) for _ in range(threads)
-    ]
-    return _BLOCK / mean_bytes * _on_all(threads, lambda thread: np.copyto(*blocks[thread]))
+    sources = [np.ones(_BLOCK, dtype=np.uint8) for _ in range(threads)]
+    targets = [np.ones(_BLOCK, dtype=np.uint8) for _ in range(threads)]
+
+    def copy_block(thread: int) -> None:
+        np.copyto(targets[thread], sources[thread])
+
+    return _BLOCK / mean_bytes * _calls_per_second(copy_block, threads)
 
 
-def decoding(encoded: Sequence[bytes], threads: int) -> float | None:
-    """Images/s of libjpeg-turbo's bare call; None where not all are JPEGs that it takes."""
-    if not encoded or not all(data[:2] == b"\xff\xd8" for data in encoded):
+def decode_rate(encoded: Sequence[bytes], threads: int) -> float | None:
+    """Images/s of bare calls of libjpeg-turbo.
+
+    None if not all of `encoded` are JPEGs that it accepts.
+    """
+    are_jpegs = all(data[:2] == b"\xff\xd8" for data in encoded)
+    if not encoded or not are_jpegs:
         return None
     try:
         sizes = [simplejpeg.decode_jpeg(data, "RGB").size for data in encoded]
     except ValueError:  # damaged, or CMYK
         return None
-    pixels = [
-        np.zeros(max(sizes), dtype=np.uint8) for _ in range(threads)
-    ]  # written before: no page faults
+    # Filled with zeros here, so that no page faults are timed.
+    buffers = [np.zeros(max(sizes), dtype=np.uint8) for _ in range(threads)]
 
-    def decode(thread: int) -> None:
+    def decode_all(thread: int) -> None:
         for data in encoded:
-            simplejpeg.decode_jpeg(data, "RGB", buffer=pixels[thread])
+            simplejpeg.decode_jpeg(data, "RGB", buffer=buffers[thread])
 
-    return len(encoded) * _on_all(threads, decode)
+    return len(encoded) * _calls_per_second(decode_all, threads)
 
 
-def smaller(encoded: Sequence[bytes], side: int) -> list[bytes]:
+def small_decode_speedup(encoded: Sequence[bytes], side: int) -> float | None:
+    """How many times as fast JPEGs decode if they are reduced to at most `side` pixels a side.
+
+    None if not all of `encoded` are JPEGs that libjpeg-turbo accepts.
+    """
+    whole = decode_rate(encoded, 1)
+    small = decode_rate(reduced(encoded, side), 1)
+    if whole is None or small is None:
+        return None
+    return small / whole
+
+
+def reduced(encoded: Sequence[bytes], side: int) -> list[bytes]:
     """The same images as JPEGs of at most `side` pixels a side, quality 90."""
-    found = []
+    images = []
     for data in encoded:
         image = Image.open(io.BytesIO(data)).convert("RGB")
         image.thumbnail((side, side), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=90)
-        found.append(buffer.getvalue())
-    return found
+        images.append(buffer.getvalue())
+    return images
 
 
-def writing(bytes_per_image: int, device: torch.device, threads: int) -> float:
-    """Images/s at which the device's memory takes up finished views."""
+def write_rate(bytes_per_image: int, device: torch.device, threads: int) -> float:
+    """Images/s at which finished views are written to the device's memory."""
     if device.type == "cuda":
         block = torch.empty(_GPU_BLOCK, dtype=torch.uint8, device=device)
-        return _GPU_BLOCK / bytes_per_image / _seconds(lambda: block.fill_(1), device)
+        return _GPU_BLOCK / bytes_per_image / _shortest_time(lambda: block.fill_(1), device)
     blocks = [np.ones(_BLOCK, dtype=np.uint8) for _ in range(threads)]
-    return _BLOCK / bytes_per_image * _on_all(threads, lambda thread: blocks[thread].fill(1))
+
+    def fill_block(thread: int) -> None:
+        blocks[thread].fill(1)
+
+    return _BLOCK / bytes_per_image * _calls_per_second(fill_block, threads)
 
 
-def copying(bytes_per_image: int, device: torch.device) -> float:
-    """Images/s that one large pinned copy to the device comes to."""
-    block = torch.empty(_GPU_BLOCK, dtype=torch.uint8).pin_memory()
-    target = torch.empty_like(block, device=device)
-    return (
-        _GPU_BLOCK
-        / bytes_per_image
-        / _seconds(lambda: target.copy_(block, non_blocking=True), device)
-    )
+def transfer_rate(bytes_per_image: int, device: torch.device) -> float:
+    """Images/s of one large copy from pinned memory to the GPU."""
+    source = torch.empty(_GPU_BLOCK, dtype=torch.uint8).pin_memory()
+    target = torch.empty_like(source, device=device)
+    seconds = _shortest_time(lambda: target.copy_(source, non_blocking=True), device)
+    return _GPU_BLOCK / bytes_per_image / seconds
 
 
-def arithmetic(
+def multiply_rate(
     network: ModelConfig, size: int, device: torch.device, dtype: torch.dtype | None = None
 ) -> float:
-    """Images/s if the step were nothing but its multiplications, at the speed of a large matrix product.
+    """Images/s of a training step that is nothing but its multiplications.
 
-    dtype: of the product, by default what the step would choose.
+    They are taken to be as fast as one large matrix product in `dtype`, by default the precision
+    that training would choose.
     """
     dtype = dtype or model.choose_precision("auto", device)
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    flop_per_s = 2 * side**3 / _seconds(lambda: a @ b, device)
+    flop_per_s = 2 * side**3 / _shortest_time(lambda: a @ b, device)
     return flop_per_s / step_flop(network, size)
 
 
-def step_flop(network: ModelConfig, size: int) -> float:
-    """Floating-point operations of network and projector in a training step, for both views of an image."""
-    with FlopCounterMode(display=False) as counter:
-        images = _count_a_view(network, size)
-    return 2 * counter.get_total_flops() / images
-
-
-def memory_speed(device: torch.device) -> float:
-    """Bytes/s that are read and written while a large block is copied within the device's memory."""
-    block = (4 if device.type == "cuda" else 1) * _GPU_BLOCK
-    source = torch.ones(block, dtype=torch.uint8, device=device)
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes/s that are read and written while a large block is copied within device memory."""
+    block_bytes = (4 if device.type == "cuda" else 1) * _GPU_BLOCK
+    source = torch.ones(block_bytes, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
-    return 2 * block / _seconds(lambda: target.copy_(source), device)
+    return 2 * block_bytes / _shortest_time(lambda: target.copy_(source), device)
 
 
-def step_traffic(network: ModelConfig, size: int, dtype: torch.dtype, fused: bool = False) -> float:
-    """Bytes that a training step reads and writes at least, for both views of an image, in a batch that is large.
-
-    Each operation of network and projector reads what it is given and writes what it returns. fused: ReLUs cost
-    nothing, since what comes before them does them as well.
-    """
-    with _Traffic(fused) as counter:
-        images = _count_a_view(network, size)
-    return 2 * counter.elements * dtype.itemsize / images
-
-
-class _Traffic(TorchDispatchMode):
-    """Counts elements of tensors that operations read and write."""
-
-    # So many of their first tensors are read a second time: batch norm needs the moments first, and a convolution's
-    # backward pass is two products with the gradient.
-    _TWICE: ClassVar = {
-        "native_batch_norm": 1,
-        "native_batch_norm_backward": 2,
-        "convolution_backward": 1,
-    }
-
-    def __init__(self, fused: bool) -> None:
-        super().__init__()
-        self.elements = 0
-        self._free = {"relu_", "threshold_backward"} if fused else set()
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, given: Any = (), options: Any = None
-    ) -> Any:
-        result, name = operation(*given, **(options or {})), operation.overloadpacket.__name__
-        if not operation.is_view and name not in self._free:
-            moved = tree_leaves((given, result, given[: self._TWICE.get(name, 0)]))
-            self.elements += sum(x.numel() for x in moved if isinstance(x, torch.Tensor))
-        return result
-
-
-def _count_a_view(network: ModelConfig, size: int) -> int:
-    """A forward and backward pass of one view in which nothing is computed; how many images were in it."""
-    batch = 256  # of which what parameters take, once a step, is a small part
-    with torch.device("meta"):
-        backbone = model.build_backbone(network.backbone, network.width, network.small_stem)
-        twins = model.BarlowTwins(backbone, network.projector, network.lambd, network.loss_scale)
-        view = torch.empty(batch, 3, size, size)
-    twins.projector(twins.backbone(view)).sum().backward()
-    return batch
-
-
-def _on_all(threads: int, work: Callable[[int], object]) -> float:
-    """How often a second all threads together get the work done, each at its own."""
+def _calls_per_second(work: Callable[[int], object], threads: int) -> float:
+    """Calls of `work` per second, of all threads together; each passes its own number."""
     with ThreadPoolExecutor(threads) as pool:
-        return threads / _seconds(lambda: list(pool.map(work, range(threads))))
+        return threads / _shortest_time(lambda: list(pool.map(work, range(threads))))
 
 
-def _seconds(work: Callable[[], object], device: torch.device | None = None) -> float:
-    """The shortest time that the work took."""
-    found: list[float] = []
+def _shortest_time(work: Callable[[], object], device: torch.device | None = None) -> float:
+    """The shortest time of a call, in seconds; the first call is a warm-up."""
+    seconds: list[float] = []
     end = time.perf_counter() + _SECONDS
-    while len(found) <= _REPEATS or time.perf_counter() < end:
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
+    while len(seconds) <= _REPEATS or time.perf_counter() < end:
+        _synchronize(device)
         began = time.perf_counter()
         work()
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - began)
-    return min(found[1:])
+        _synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def _synchronize(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -14,7 +14,8 @@ import torch
 
 import pipeline
 from experiment import Console
-from experiment.presets import PRESETS, Pretrain
+from experiment.config import Pretrain
+from experiment.presets import PRESETS
 from pipeline import Store
 from pipeline.formats.record_store import RecordStore
 from pipeline.images import BadImage, decode

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import model
-from experiment.presets import ModelConfig, OptimConfig
+from experiment.config import ModelConfig, OptimConfig
 from pipeline import Loader, LoaderOptions, Recipe, Store, Subset, barlow_twins, open_loader
 from pipeline.distort import distort
 from pipeline.formats.record_store import RecordStore

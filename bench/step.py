@@ -25,7 +25,8 @@ from torch import Tensor
 import model
 import pipeline
 from experiment import Console
-from experiment.presets import PRESETS, ModelConfig, Pretrain
+from experiment.config import ModelConfig, Pretrain
+from experiment.presets import PRESETS
 
 from . import record, reference_step, rooflines, tables
 from .interleaved import Entrant, Work, contest, growth, precision

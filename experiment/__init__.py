@@ -1,26 +1,36 @@
-"""A run as a thing: its configuration, what it prints, the files in its folder, and the page about it.
+"""A training run: its configuration, its console output, the files in its folder, and its report.
 
-Nothing here loads torch when it is imported, so that the command line answers at once.
+`config.py` has the options of a run, and `presets.py` the published configurations. `run_folder.py`
+manages the folder of a run, `report.py` writes the page about it.
+
+Nothing here imports torch at module level, so that the command line answers at once.
 """
 
 from .command import explain, is_rank0, run_command, set_thread_environment
+from .config import DataConfig, ModelConfig, OptimConfig, Pretrain, RunConfig
 from .console import Console, ProgressBar, counted, printable
 from .files import finite, write_json
-from .metrics import Metrics, ThroughputMeter
+from .metrics import Metrics
 from .options import DecoderName, check_option
-from .presets import PRESETS, Pretrain
+from .presets import PRESETS
 from .provenance import environment
 from .signals import INTERRUPTED, PREEMPTED, stop_signals
+from .throughput import ThroughputMeter
+from .throughput import ThroughputMeter
 
 __all__ = [
     "INTERRUPTED",
     "PREEMPTED",
     "PRESETS",
     "Console",
+    "DataConfig",
     "DecoderName",
     "Metrics",
+    "ModelConfig",
+    "OptimConfig",
     "Pretrain",
     "ProgressBar",
+    "RunConfig",
     "ThroughputMeter",
     "check_option",
     "counted",

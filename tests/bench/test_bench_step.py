@@ -17,8 +17,9 @@ from bench import interleaved, record, reference_step, report, rooflines, step
 from bench.interleaved import Entrant, contest
 from bench.record import Rates, Step
 from bench.step import AUTHORS, FUSED, GRAM, MATRIX, MEMORY, MULTIPLY
+from experiment.config import DataConfig, ModelConfig, OptimConfig, Pretrain
 from experiment.console import Console
-from experiment.presets import PRESETS, DataConfig, ModelConfig, OptimConfig, Pretrain
+from experiment.presets import PRESETS
 from model import LARS, BarlowTwins, build_backbone, parameter_groups
 
 ROOT = Path(__file__).parents[2]

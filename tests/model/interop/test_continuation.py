@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from experiment.presets import ModelConfig, OptimConfig, Pretrain, RunConfig
+from experiment.config import ModelConfig, OptimConfig, Pretrain, RunConfig
 from model import LARS, BarlowTwins, build_backbone, continue_from, load_states, parameter_groups
 from tests.helpers.runs import TINY, Train, refused, steps_of, summary_of
 
@@ -309,7 +309,7 @@ def test_train_goes_on_from_the_authors_checkpoint(
     assert not run.exists()
     status, text = train(*arguments, "--continue-from", path)
     assert status == 0, text
-    assert f"begins with what {path} holds" in text
+    assert f"starts with the weights in {path}" in text
     assert "resumed after step 20" in text
     assert steps_of(run) == [20, 21, 22, 23, 24]
     assert math.isfinite(summary_of(run)["loss_first"])
