@@ -1,37 +1,35 @@
-"""The numbers of a run: `metrics.jsonl`, TensorBoard where it is installed, and how fast images come."""
+"""The numbers that a run logs: `metrics.jsonl`, and TensorBoard's event files where tensorboard is installed."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from .files import finite, write_text
+
 
 class Metrics:
-    """`metrics.jsonl`: a line of values for every so many steps. A resumed run goes on with what it had at `step`.
+    """Writes `metrics.jsonl`: one JSON object per line for each logged step.
 
-    Where tensorboard is installed its numbers are also written for that, into the folder beside it.
+    If tensorboard is installed, the numbers are also written as events into the folder `tensorboard` beside the file.
+    Use it as a context manager.
+
+    Args:
+        path: The file.
+        step: First step of this run. A resumed run keeps the lines of earlier steps; a new one starts an empty file.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = (
-            [_line(values) for values in read_metrics(path) if values["step"] < step]
-            if step
-            else []
-        )
-        temporary = path.with_name(
-            path.name + ".tmp"
-        )  # killed while it rewrites them, a run still has its metrics
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
-        self._files = ExitStack()  # closed by __exit__
+        kept = [values for values in read_metrics(path) if values["step"] < step] if step else []
+        write_text(path, "".join(map(_line, kept)))
+        self._files = ExitStack()
         self._file = self._files.enter_context(path.open("a", buffering=1))
-        self._events = _event_writer(path.with_name("tensorboard"), step, self._files)
+        self._write_event = _event_writer(path.with_name("tensorboard"), step, self._files)
 
     def __enter__(self) -> Metrics:
         return self
@@ -40,105 +38,51 @@ class Metrics:
         with suppress(OSError):  # of lines that a full disk has refused already
             self._files.close()
 
-    def write(self, step: int, **values: float | str | None) -> None:
+    def write(self, step: int, values: dict[str, float | str | None]) -> None:
+        """Log the values of a step."""
         self._file.write(_line({"step": step, **values}))
         numbers = [
-            {"tag": k, "simple_value": v} for k, v in values.items() if isinstance(v, (int, float))
+            {"tag": name, "simple_value": value}
+            for name, value in values.items()
+            if isinstance(value, (int, float))
         ]
-        self._events(step=step, summary={"value": numbers})
+        self._write_event(step=step, summary={"value": numbers})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without one that was torn when its run was killed; [] where there is none."""
-    found = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    """The lines of a `metrics.jsonl`, without a last one that a killed run left incomplete; [] if there is no file."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(errors="replace").splitlines():
         with suppress(ValueError):
-            found.append(json.loads(line))
-    return [
-        values
-        for values in found
-        if isinstance(values, dict) and isinstance(values.get("step"), int)
-    ]
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 def _line(values: dict[str, Any]) -> str:
-    """Of JSON, which has no word for what is not a finite number: null."""
-    finite = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
-    return json.dumps(finite) + "\n"
+    return json.dumps(finite(values)) + "\n"
 
 
 def _event_writer(folder: Path, step: int, files: ExitStack) -> Callable[..., None]:
-    """Writes the fields of a TensorBoard event. (torch's SummaryWriter is a thread, and imports tensorflow: 15 s.)"""
+    """A function that writes the fields of a TensorBoard event; it does nothing if tensorboard is not installed.
+
+    torch's SummaryWriter is not used: it starts a thread, and imports tensorflow if that is installed, which takes 15 s.
+    """
     try:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
     except ImportError:
         return lambda **fields: None
     folder.mkdir(exist_ok=True)
-    name = f"events.out.tfevents.{len(os.listdir(folder)):06}"  # read in the order of their names
+    # TensorBoard reads event files in the order of their names.
+    name = f"events.out.tfevents.{len(os.listdir(folder)):06}"
     records = RecordWriter(files.enter_context((folder / name).open("wb", buffering=0)))
 
     def write(**fields: Any) -> None:
         records.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     write(file_version="brain.Event:2")
-    write(
-        step=step, session_log={"status": "START"}
-    )  # whatever earlier files have from this step on is not shown
+    # Events of earlier files from this step on are not shown.
+    write(step=step, session_log={"status": "START"})
     return write
-
-
-class ThroughputMeter:
-    """Hands out batches of `batch_size` images, and knows how many came and how long they had to be waited for."""
-
-    def __init__(
-        self, batches: Iterator[Any], batch_size: int, before: dict[str, Any] | None = None
-    ) -> None:
-        """before: the `state` of the run that this one goes on with."""
-        self._batches, self._batch_size = batches, batch_size
-        before = before or {"images": 0, "wait_s": 0.0, "elapsed_s": 0.0}
-        self._images, self._wait_s = before["images"], before["wait_s"]
-        self._read_at = time.monotonic()
-        self._began = self._read_at - before["elapsed_s"]
-        self._read = (self._images, self._wait_s)
-
-    def __iter__(self) -> ThroughputMeter:
-        return self
-
-    def __next__(self) -> Any:
-        asked = time.monotonic()
-        batch = next(self._batches)
-        self._wait_s += time.monotonic() - asked
-        self._images += self._batch_size
-        return batch
-
-    def rates(self) -> dict[str, float]:
-        """Since the last call."""
-        (images, wait_s), self._read = self._read, (self._images, self._wait_s)
-        began, self._read_at = self._read_at, time.monotonic()
-        return _rates(self._images - images, self._wait_s - wait_s, self._read_at - began)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "images": self._images,
-            "wait_s": self._wait_s,
-            "elapsed_s": time.monotonic() - self._began,
-        }
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The time of the block is nobody's."""
-        began = time.monotonic()
-        yield
-        self._began += time.monotonic() - began
-        self._read_at += time.monotonic() - began
-
-    def total(self) -> dict[str, float]:
-        """Since the beginning."""
-        return _rates(self._images, self._wait_s, time.monotonic() - self._began)
-
-
-def _rates(images: int, wait_s: float, elapsed_s: float) -> dict[str, float]:
-    return {"images_per_s": images / elapsed_s, "data_wait_fraction": wait_s / elapsed_s}
