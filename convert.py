@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -110,8 +110,13 @@ def convert(job: Convert, console: Console) -> int:
                 f"{rate:.0f} images/s, {size / 1e6:.0f} MB/s, {written.rejects} rejects",
             )
 
-        wishes = {name: value for name, value in asdict(job).items() if name != "scheduler"}
-        report = pipeline.write_store(**wishes, executor=pool, progress=progress, listing=listing)
+        values = asdict(job)
+        options = pipeline.ConversionOptions(
+            **{f.name: values[f.name] for f in fields(pipeline.ConversionOptions)}
+        )
+        report = pipeline.write_store(
+            job.source, job.target, options, executor=pool, progress=progress, listing=listing
+        )
     if not report.new:
         console.print(f"{report.path} is there already, from the same conversion: nothing to do")
         return 0

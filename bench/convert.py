@@ -129,7 +129,7 @@ def _ways(folder: Path, sources: list[Path], apart: ProcessPoolExecutor) -> list
     whole, small = "FFCV's writer", f"FFCV's writer, {SIDE} px"
 
     def ours(target: Path, name: str = "x.beton", **options: Any) -> None:
-        pipeline.write_store(folder, target / name, **options)
+        pipeline.write_store(folder, target / name, pipeline.ConversionOptions(**options))
 
     def theirs(target: Path, side: int | None) -> None:
         apart.submit(

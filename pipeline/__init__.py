@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .conversion.options import ConversionOptions
 from .conversion.shard_writer import ConversionProgress
 from .conversion.verify import verify_store
 from .conversion.writer import ConversionResult, write_store
@@ -51,6 +52,7 @@ __all__ = [
     "LoaderOptions",
     "MemoryStore",
     "Recipe",
+    "ConversionOptions",
     "ConversionResult",
     "Store",
     "Subset",

@@ -37,6 +37,7 @@ from .shard_writer import (
     work_files,
     write_file,
 )
+from .options import ConversionOptions
 from .sources import Source, open_source, spooled
 
 _LIBRARIES = (
@@ -61,17 +62,8 @@ class ConversionResult(NamedTuple):
 def write_store(
     source: str | Path | Iterable[tuple[bytes, int | str | None]],
     target: str | Path,
+    options: ConversionOptions = ConversionOptions(),  # noqa: B008
     *,
-    format: str | None = None,
-    shards: int | None = None,
-    shard_size: int = 5000,
-    max_side: int | None = None,
-    short_side: int | None = None,
-    quality: int | None = None,
-    seed: int = 0,
-    validate: bool = True,
-    strict: bool = False,
-    threads: int | None = None,
     executor: Executor | None = None,
     progress: Callable[[ConversionProgress, int], None] = lambda written, images: None,
     listing: Progress = lambda done, total: None,
@@ -88,7 +80,10 @@ def write_store(
     writing it, or where nothing in `source` can be used.
     """
     target = Path(os.path.abspath(target))
-    format = format or next((name for name, f in FORMATS.items() if target.suffix == f.SUFFIX), "")
+    strict = options.strict
+    format = options.format or next(
+        (name for name, f in FORMATS.items() if target.suffix == f.SUFFIX), ""
+    )
     if format not in FORMATS:
         known = ", ".join(FORMATS)
         raise ValueError(
@@ -98,18 +93,6 @@ def write_store(
         raise ValueError(
             f"{target.name} is one file of the format {format}: call it {target.name}{FORMATS[format].SUFFIX}"
         )
-    for what, value, least, most in (
-        ("shards", shards, 1, 99_999),
-        ("images of a shard", shard_size, 1, None),
-        ("the longer side", max_side, 1, None),
-        ("the shorter side", short_side, 1, None),
-        ("the quality", quality, 1, 100),
-        ("threads", threads, 1, None),
-    ):
-        if value is not None and (value < least or value > (most or value)):
-            raise ValueError(
-                f"{what}: {value}, but it must be at least {least}{f' and at most {most}' if most else ''}"
-            )
     if executor and not (FORMATS[format].SHARDED and isinstance(source, (str, Path))):
         raise ValueError(
             "a cluster writes shards, of a source that it can open by itself: webdataset or tfrecord"
@@ -136,14 +119,14 @@ def write_store(
             identity=opened.identity,
             images=len(opened),
             format=format,
-            shards=max(1, min(shards or -(-len(opened) // shard_size), len(opened)))
+            shards=max(1, min(options.shards or -(-len(opened) // options.shard_size), len(opened)))
             if FORMATS[format].SHARDED
             else 1,
-            seed=seed,
-            max_side=max_side,
-            short_side=short_side,
-            quality=quality,
-            validate=validate,
+            seed=options.seed,
+            max_side=options.max_side,
+            short_side=options.short_side,
+            quality=options.quality,
+            validate=options.validate,
         )
         if os.path.lexists(target):  # or a link to what is not there
             changes = _differences(told or {}, plan)
@@ -162,7 +145,9 @@ def write_store(
         if executor:
             _write_elsewhere(plan, target, partial, strict, executor, progress)
         else:
-            _write_here(plan, opened, target, partial, strict, threads or usable_cores(), progress)
+            _write_here(
+                plan, opened, target, partial, strict, options.threads or usable_cores(), progress
+            )
         _put_in_place(plan, opened, target, partial)
         return _report(target, new=True)
 

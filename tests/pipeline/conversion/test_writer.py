@@ -21,6 +21,7 @@ from pyarrow import parquet
 
 from pipeline import (
     FORMATS,
+    ConversionOptions,
     ConversionProgress,
     ConversionResult,
     open_store,
@@ -53,7 +54,10 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(source: Any, folder: Path, format: str, **options: Any) -> ConversionResult:
-    return write_store(source, folder / TARGETS[format], format=format, **options)
+    elsewhere = {name: options.pop(name) for name in ("executor", "progress") if name in options}
+    return write_store(
+        source, folder / TARGETS[format], ConversionOptions(format=format, **options), **elsewhere
+    )
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -173,7 +177,12 @@ def test_what_is_too_wide_for_a_jpeg_is_left_out_or_shrunk(tmp_path: Path) -> No
         assert "65501 x 2 pixels: a JPEG has at most 65,500 on a side; try --max-side" in rejects
         assert verify_store(tmp_path / TARGETS[format], tmp_path / "source") == []
         shutil.rmtree(tmp_path / "x", ignore_errors=True)
-    assert write_store(tmp_path / "source", tmp_path / "y.beton", max_side=65_500).rejects == 0
+    assert (
+        write_store(
+            tmp_path / "source", tmp_path / "y.beton", ConversionOptions(max_side=65_500)
+        ).rejects
+        == 0
+    )
 
 
 def test_quality_only_touches_what_has_more() -> None:
@@ -567,7 +576,7 @@ def test_impossible_wishes_are_refused_before_anything_is_written(
     photos: Path, tmp_path: Path, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        write_store(photos, tmp_path / "y", **options)
+        write_store(photos, tmp_path / "y", ConversionOptions(**options))
     assert not list(tmp_path.iterdir())
 
 
@@ -585,7 +594,9 @@ def test_nobody_is_told_to_delete_the_source(photos: Path, tmp_path: Path) -> No
     (tmp_path / "link").symlink_to(photos)
     for source, target in ((tmp_path / "x.beton",) * 2, (photos, tmp_path / "link")):
         with pytest.raises(ValueError, match="is the source: name another target"):
-            write_store(source, target, format="beton" if target.suffix else "webdataset")
+            write_store(
+                source, target, ConversionOptions(format="beton" if target.suffix else "webdataset")
+            )
 
 
 def test_other_images_of_the_same_names_and_sizes_are_not_there_already(

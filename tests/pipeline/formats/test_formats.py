@@ -13,6 +13,7 @@ from pipeline import (
     DECODERS,
     FOR_ANY_STORE,
     FORMATS,
+    ConversionOptions,
     LoaderOptions,
     Store,
     barlow_twins,
@@ -47,7 +48,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Store]:
     found: dict[str, Store] = {}
     for format in FORMATS:
         target = root / format / ("x.beton" if format == "beton" else "x")
-        write_store(source, target, format=format, shards=3)
+        write_store(source, target, ConversionOptions(format=format, shards=3))
         found[format] = open_store(target)
     first = found["beton"]
     for sample, (label, data) in enumerate(

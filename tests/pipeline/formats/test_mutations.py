@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import FORMATS, open_store, verify_store, write_store
+from pipeline import FORMATS, ConversionOptions, open_store, verify_store, write_store
 from pipeline.images import BadImage, decode
 from tests.helpers.images import encoded, picture
 from tests.pipeline.test_images import FORMATS as IMAGES
@@ -34,7 +34,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             path = folder / f"{format}-{labelled}" / ("x.beton" if format == "beton" else "x")
             path.parent.mkdir()
             labels = [i % 2 if labelled else None for i in range(10)]
-            write_store(zip(images, labels, strict=True), path, format=format, shards=2)
+            write_store(
+                zip(images, labels, strict=True), path, ConversionOptions(format=format, shards=2)
+            )
             found[f"{format}-{labelled}"] = path
     path = folder / "folder" / "x"
     (path / "a").mkdir(parents=True)
@@ -106,7 +108,7 @@ def outcome(path: Path, result: Path) -> str:
         assert_clear(error)
         kinds = {"refused"}
     try:
-        report = write_store(path, result, format="beton")
+        report = write_store(path, result, ConversionOptions(format="beton"))
         assert len(open_store(result)) == report.images
         assert verify_store(result) == []
         kinds.add("converted")
