@@ -16,7 +16,6 @@ from .presets import PRESETS
 from .provenance import environment
 from .signals import INTERRUPTED, PREEMPTED, stop_signals
 from .throughput import ThroughputMeter
-from .throughput import ThroughputMeter
 
 __all__ = [
     "INTERRUPTED",
