@@ -1,4 +1,14 @@
-"""Views -> loss -> update: the network, its loss, LARS, precision and compilation, ranks, and checkpoints."""
+"""From views to weight updates: the network, its loss, the optimizer, and checkpoints.
+
+Start with `BarlowTwins` in barlow_twins.py and the loss in loss.py. Around them:
+
+- backbone.py, batch_norm.py: the ResNets, with batch statistics for each view;
+- lars.py, schedule.py: the optimizer and its learning rate;
+- engine.py, distributed.py, memory.py: precision, compilation, several ranks, memory use;
+- checkpoint.py, step_guard.py: saving, resuming, and what happens to a run that fails;
+- health.py: readings that show a collapse;
+- interop/: weights in the file formats of other projects.
+"""
 
 from .backbone import BACKBONES, Backbone, build_backbone
 from .barlow_twins import BarlowTwins, BarlowTwinsOutput, NetworkConfig, build_network
@@ -51,15 +61,15 @@ from .step_guard import StepGuard
 
 __all__ = [
     "BACKBONES",
+    "EXPORTS",
+    "LARS",
+    "LAYOUTS",
     "Backbone",
     "BarlowTwins",
     "BarlowTwinsOutput",
     "Checkpoints",
     "CollapseMonitor",
     "Distributed",
-    "EXPORTS",
-    "LARS",
-    "LAYOUTS",
     "LossParts",
     "NetworkConfig",
     "StepGuard",

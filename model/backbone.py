@@ -1,4 +1,4 @@
-"""torchvision's ResNets without their classifier, optionally narrow and with a stem for small images."""
+"""torchvision's ResNets without the classifier, in any width, with a stem for small images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .batch_norm import BatchNorm2d, recomputing
+from .batch_norm import BatchNorm2d, freeze_running_averages
 
 BACKBONES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -17,45 +17,63 @@ BACKBONES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
     "resnet101": (Bottleneck, [3, 4, 23, 3]),
 }
+"""Block type and number of blocks in each of the four stages."""
+
+_PUBLISHED_WIDTH = 64
 
 
 class Backbone(ResNet):
-    """A torchvision ResNet whose output is the pooled feature, [B, out_features] for images [B, 3, S, S].
+    """A torchvision ResNet that returns the pooled features.
 
-    Its `state_dict` has torchvision's names without `fc`, and loads into torchvision's own ResNet at width 64.
+    Its `state_dict` has torchvision's names without `fc`. At width 64 it loads into torchvision's
+    own ResNet. Use `build_backbone` to make one.
+
+    Shapes:
+        - Input: images [B, 3, S, S].
+        - Output: features [B, out_features].
     """
 
-    def __init__(self, name: str, width: int = 64, small_stem: bool = False) -> None:
+    def __init__(self, name: str, width: int = _PUBLISHED_WIDTH, small_stem: bool = False) -> None:
         block, layers = BACKBONES[name]
-        # Blocks are made by the method below, in the width that the first of the four stages has here.
-        self.width = width
+        self.width = width  # _make_layer, which torchvision's constructor calls, reads it
         super().__init__(block, layers, zero_init_residual=True, norm_layer=BatchNorm2d)
+
         self.name = name
         self.out_features = 8 * width * block.expansion
         self.fc = nn.Identity()
-        if small_stem or width != 64:
-            kernel, stride = (3, 1) if small_stem else (7, 2)
-            self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
-            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-            self.bn1 = BatchNorm2d(width)
-        if small_stem:
-            self.maxpool = nn.Identity()
+        if small_stem or width != _PUBLISHED_WIDTH:
+            self._replace_stem(small_stem)
+
+    def recompute_activations(self) -> None:
+        """Save memory in training by computing activations again in the backward pass.
+
+        From then on, only the input of each residual block is kept. Results are the same bits.
+        """
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            stage.recompute = True
 
     def _make_layer(
         self, block: type[BasicBlock | Bottleneck], planes: int, *rest: int, **named: int
     ) -> nn.Sequential:
-        if planes == 64:
+        """One stage, with its channels scaled to `width`."""
+        is_first_stage = planes == _PUBLISHED_WIDTH
+        if is_first_stage:
             self.inplanes = self.width
-        return _Stage(*super()._make_layer(block, planes * self.width // 64, *rest, **named))
+        scaled_planes = planes * self.width // _PUBLISHED_WIDTH
+        return _Stage(*super()._make_layer(block, scaled_planes, *rest, **named))
 
-    def recompute_activations(self) -> None:
-        """From now on, keep a residual block's input alone for the backward pass, which computes the rest again."""
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            stage.recompute = True
+    def _replace_stem(self, small_stem: bool) -> None:
+        """The first convolution in another width, and for small images also at full resolution."""
+        kernel, stride = (3, 1) if small_stem else (7, 2)
+        self.conv1 = nn.Conv2d(3, self.width, kernel, stride, padding=kernel // 2, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = BatchNorm2d(self.width)
+        if small_stem:
+            self.maxpool = nn.Identity()
 
 
 class _Stage(nn.Sequential):
-    """Residual blocks, one after the other."""
+    """Residual blocks in sequence, with optional activation checkpointing."""
 
     recompute = False
 
@@ -63,22 +81,34 @@ class _Stage(nn.Sequential):
         if not (self.recompute and self.training):
             return super().forward(x)
         for block in self:
-            if (
-                torch.compiler.is_compiling()
-            ):  # whose graph updates the running averages once in any case
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = checkpoint(
-                    block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputing())
-                )
+            x = _checkpointed(block, x)
         return x
 
 
-def build_backbone(name: str, width: int = 64, small_stem: bool = False) -> Backbone:
-    """A ResNet with random weights and zero-initialised residual branches.
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """Apply `block`, keeping only its input for the backward pass."""
+    if torch.compiler.is_compiling():
+        # The compiled graph updates the running averages only once in any case.
+        return checkpoint(block, x, use_reentrant=False)
+    return checkpoint(
+        block,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), freeze_running_averages()),
+    )
 
-    width: channels of the first stage, 64 in the published networks.
-    small_stem: a 3x3 convolution of stride 1 and no max-pool in place of the 7x7 of stride 2: for 32 px images.
+
+def build_backbone(name: str, width: int = _PUBLISHED_WIDTH, small_stem: bool = False) -> Backbone:
+    """Build a ResNet with random weights and zero-initialised residual branches.
+
+    Args:
+        name: A key of `BACKBONES`.
+        width: Channels of the first stage, 64 in the published networks.
+        small_stem: For 32-pixel images: a 3x3 convolution with stride 1 and no max-pool in place
+            of the 7x7 convolution with stride 2.
+
+    Raises:
+        ValueError: The name is unknown, or the width is less than 1.
     """
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")

@@ -1,4 +1,8 @@
-"""Checkpoints that are written whole or not at all, while training goes on; checked when read, never run code."""
+"""Checkpoints of a run, which are written atomically in the background and verified when read.
+
+`Checkpoints` manages those of one run. `save_checkpoint` and `load_checkpoint` write and read a
+single file. Loading never executes code from a file.
+"""
 
 from __future__ import annotations
 
@@ -18,79 +22,117 @@ from torch import Tensor
 
 from .files import replace_atomically
 
-# torch files are zip archives. The digest of one is its comment, whose length stands before it: in a fresh file, 0.
-_NO_COMMENT, _MARK = b"\0\0", (7 + 64).to_bytes(2, "little") + b"sha256:"
+# torch files are zip archives. The checksum of a checkpoint is the comment of its archive. The
+# length of the comment stands right before it, at the end of the file; it is 0 in a fresh archive.
+_EMPTY_COMMENT = b"\0\0"
+_PREFIX = b"sha256:"
+_DIGEST_LENGTH = 64  # hexadecimal digits
+_COMMENT_START = (len(_PREFIX) + _DIGEST_LENGTH).to_bytes(2, "little") + _PREFIX
 
 
 class Checkpoints:
-    """The checkpoints of one run: `folder`/checkpoint.pt is the newest, checkpoint-00000123.pt one that it superseded.
+    """The checkpoints of one run.
 
-    The last `keep` of them stay, the newest included, and each whose step is a multiple of `milestone_steps`. Killed at
-    any moment, it leaves the one before or the new one to be loaded. Use it as a context manager: it has a thread.
+    `folder/checkpoint.pt` is the newest one. Earlier ones are named after their step, like
+    `checkpoint-00000123.pt`. If the process is killed at any moment, either the previous checkpoint
+    or the new one can be loaded.
+
+    Use it as a context manager, which ends its thread.
+
+    Args:
+        folder: The folder of the run.
+        keep: How many checkpoints to keep, including the newest.
+        milestone_steps: Also keep each checkpoint at a multiple of this many steps.
+
+    Attributes:
+        path: `folder/checkpoint.pt`.
+        step: Step of the newest intact checkpoint. None before the first load or finished save.
+        loaded_path: The file that the last `load` has read. None before that.
     """
 
     def __init__(self, folder: Path, keep: int = 3, milestone_steps: int | None = None) -> None:
         assert keep > 0
         self.path = folder / "checkpoint.pt"
-        self.step: int | None = (
-            None  # of the newest whole one, once something was loaded or is on the disk
-        )
-        self._at_path = False  # whether that is the one at `path`; otherwise what lies there is damaged, if anything
-        self._keep, self._milestone_steps = keep, milestone_steps
+        self.step: int | None = None
+        self.loaded_path: Path | None = None
+        # Whether the checkpoint of `step` is the file at `path`. If not, that file is damaged or
+        # does not exist.
+        self._newest_is_at_path = False
+        self._keep = keep
+        self._milestone_steps = milestone_steps
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
         self._writing: futures.Future[None] | None = None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Take a copy of `state`, which has its "step" (int), and return while a thread writes it.
+        """Copy `state` and return, while a thread writes the copy to the disk.
 
-        Waits first until the save before is on the disk. OSError of a full disk: of that one, not of this.
+        Waits first until the previous save is finished.
+
+        Args:
+            state: Tensors and plain Python values, among them "step" (int).
+
+        Raises:
+            OSError: The *previous* save failed, for example because the disk is full.
         """
         self.wait()
-        if (
-            self.step is None
-        ):  # what a run that was not resumed finds here must be superseded as well
+        if self.step is None:
+            # A run that was not resumed supersedes the checkpoint that is already here.
             with suppress(ValueError):
                 self.load()
+
         devices: set[torch.device] = set()
-        state = _in_host_memory(state, devices)
-        # Blocking: the thread that waits for the copies sleeps, it does not spin.
+        state = _copy_to_host(state, devices)
+        # Blocking events: the thread that waits for the copies sleeps instead of spinning.
         copied = [
-            torch.cuda.current_stream(d).record_event(torch.cuda.Event(blocking=True))
-            for d in devices
+            torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True))
+            for device in devices
         ]
         self._writing = self._thread.submit(self._write, state, copied)
 
     def wait(self) -> None:
-        """Until everything is on the disk. OSError where that failed, once: what was there before is unchanged."""
+        """Wait until everything is on the disk.
+
+        Raises:
+            OSError: The save failed, and the files from before are unchanged. Raised only once.
+        """
         if self._writing is not None:
-            futures.wait([self._writing])  # interrupted here, it is still to be waited for
-            done, self._writing = self._writing, None
-            done.result()
+            # If this is interrupted, _writing stays set, and a later call waits again.
+            futures.wait([self._writing])
+            finished = self._writing
+            self._writing = None
+            finished.result()
 
     def finish(self) -> None:
-        """The same, and remove what a run that was killed behind its last save has left beyond `keep`."""
+        """Wait, then delete surplus checkpoints that a killed process has left."""
         self.wait()
         self._prune()
 
     def load(self, device: torch.device | str = "cpu") -> tuple[dict[str, Any], list[str]]:
-        """The newest whole checkpoint, and a line for each damaged one before which it is preferred.
+        """Load the newest intact checkpoint. The files in the folder are not changed.
 
-        Changes nothing in the folder. ValueError where there is no checkpoint, or none that is whole.
+        Returns:
+            The state, and a message for each newer checkpoint that is damaged.
+
+        Raises:
+            ValueError: There is no checkpoint, or none is intact.
         """
         self.wait()
-        numbered = [path for _, path in self._numbered()]
-        problems = []
-        for path in [self.path, *numbered] if self.path.exists() or not numbered else numbered:
+        candidates = [path for _, path in self._superseded()]
+        if self.path.exists() or not candidates:
+            candidates.insert(0, self.path)
+
+        problems: list[str] = []
+        for path in candidates:
             try:
                 state = load_checkpoint(path, device)
             except ValueError as error:
                 problems.append(str(error))
-            else:
-                self.step, self._at_path = state["step"], path == self.path
-                return state, [
-                    f"{problem}; {path} (step {self.step:,}) is used instead"
-                    for problem in problems
-                ]
+                continue
+            self.step = state["step"]
+            self.loaded_path = path
+            self._newest_is_at_path = path == self.path
+            used = f"{path} (step {self.step:,}) is used instead"
+            return state, [f"{problem}; {used}" for problem in problems]
         raise ValueError("; ".join([*problems, "there is nothing to resume from"]))
 
     def __enter__(self) -> Checkpoints:
@@ -101,77 +143,105 @@ class Checkpoints:
         if error is None:
             self.wait()
 
-    def _name(self, step: int) -> Path:
-        return self.path.with_name(f"checkpoint-{step:08d}.pt")
-
-    def _numbered(self) -> list[tuple[int, Path]]:
-        """(step, path) of those that were superseded, the newest first."""
-        paths = self.path.parent.glob(f"checkpoint-{'[0-9]' * 8}.pt")
+    def _superseded(self) -> list[tuple[int, Path]]:
+        """(step, path) of the numbered checkpoints, the newest first."""
+        digits = "[0-9]" * 8
+        paths = self.path.parent.glob(f"checkpoint-{digits}.pt")
         return sorted(((int(path.stem[-8:]), path) for path in paths), reverse=True)
 
     def _write(self, state: dict[str, Any], copied: Sequence[torch.cuda.Event]) -> None:
+        """Save the state once its copies have arrived; runs in the thread."""
         for event in copied:
             event.synchronize()
+
+        self._delete_invalid()
         step = state["step"]
-        # Those beyond the step that this run went on from are damaged, or of a future that was given up by putting an
-        # older one at `path`. Gone before anything else is done, they are never taken for newer than what comes now.
-        for number, path in self._numbered():
-            if self.step is not None and number > self.step:
-                path.unlink()
-        superseded = (
-            self._name(self.step) if self._at_path and self.step not in (None, step) else None
-        )
+        superseded = None
+        if self._newest_is_at_path and self.step is not None and self.step != step:
+            superseded = self.path.with_name(f"checkpoint-{self.step:08d}.pt")
         save_checkpoint(self.path, state, superseded)
-        self.step, self._at_path = step, True
+        self.step = step
+        self._newest_is_at_path = True
         self._prune()
 
+    def _delete_invalid(self) -> None:
+        """Delete the checkpoints of later steps than the one that this run was resumed from.
+
+        They are damaged, or they belong to a continuation that was abandoned by putting an older
+        checkpoint at `path`. They are deleted before anything is written, so that they are never
+        mistaken for newer checkpoints than the next one.
+        """
+        if self.step is None:
+            return
+        for step, path in self._superseded():
+            if step > self.step:
+                path.unlink()
+
     def _prune(self) -> None:
-        for number, path in self._numbered()[self._keep - 1 :] if self._at_path else ():
-            if self._milestone_steps is None or number % self._milestone_steps:
+        """Delete the oldest checkpoints beyond `keep`, except for milestones."""
+        if not self._newest_is_at_path:
+            return
+        for step, path in self._superseded()[self._keep - 1 :]:
+            if self._milestone_steps is None or step % self._milestone_steps:
                 path.unlink()
 
 
-def _in_host_memory(value: Any, devices: set[torch.device]) -> Any:
-    """A copy that no later change of the tensors reaches. Those on the GPUs (added to `devices`) arrive by the current
-    stream, before what is queued there next, and are there only once that has come so far."""
+def _copy_to_host(value: Any, devices: set[torch.device]) -> Any:
+    """Copy nested containers of tensors to host memory; later changes do not affect the copy.
+
+    Copies from GPUs are asynchronous: they are queued on the current stream, before any later work.
+    Their devices are added to `devices`.
+    """
     if isinstance(value, Tensor):
         value = value.detach()
         if not value.is_cuda:
             return value.to("cpu", copy=True)
         devices.add(value.device)
-        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(
-            value, non_blocking=True
-        )
+        host = torch.empty_like(value, device="cpu", pin_memory=True)
+        return host.copy_(value, non_blocking=True)
     if isinstance(value, dict):
-        copied = copy.copy(value)  # of the same type: with the versions that a state_dict carries
-        copied.update((name, _in_host_memory(part, devices)) for name, part in value.items())
+        copied = copy.copy(value)  # keeps the type, and the version numbers of a state_dict
+        for name, item in value.items():
+            copied[name] = _copy_to_host(item, devices)
         return copied
     if isinstance(value, list | tuple):
-        return type(value)(_in_host_memory(part, devices) for part in value)
+        return type(value)(_copy_to_host(item, devices) for item in value)
     return value
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], superseded: Path | None = None) -> None:
-    """Write `state` (tensors and plain Python values) to `path`, replacing it only once everything is on the disk.
+    """Write a checkpoint atomically, as a file that `torch.load` can read.
 
-    The file stays one that `torch.load` reads. What was at `path` is then at `superseded`, where that is given. OSError
-    (a full disk) leaves what was at `path` as it was.
+    Args:
+        path: The file to write or replace.
+        state: Tensors and plain Python values.
+        superseded: New name for the file that is at `path` now. By default that file is deleted.
+
+    Raises:
+        OSError: Writing failed (for example, the disk is full). The file at `path` is unchanged.
     """
     with replace_atomically(path, superseded) as file:
-        archive = _Archive(file)
+        hashing = _HashingWriter(file)
         try:
-            torch.save(state, archive)  # type: ignore[arg-type]  # not a whole file, but what of one is used
-        except RuntimeError as error:  # torch ends its archive even so, and says how that failed
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        file.seek(-len(_NO_COMMENT), os.SEEK_END)
-        file.write(_MARK + archive.sha256.hexdigest().encode())
+            torch.save(state, hashing)  # type: ignore[arg-type]  # has the methods that torch uses
+        except RuntimeError as error:
+            # After a failed write torch tries to finish its archive, and raises that failure.
+            original = error.__context__
+            raise original if isinstance(original, OSError) else error from None
+        file.seek(-len(_EMPTY_COMMENT), os.SEEK_END)
+        file.write(_COMMENT_START + hashing.sha256.hexdigest().encode())
 
 
-class _Archive:
-    """What torch.save writes to: a file, and the digest of it. (Made in memory first, it would stall other threads.)"""
+class _HashingWriter:
+    """Passes writes on to a file, and computes their checksum.
+
+    (Serialising to memory first would block other threads.)
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._write, self.flush, self.sha256 = file.write, file.flush, hashlib.sha256()
+        self._write = file.write
+        self.flush = file.flush
+        self.sha256 = hashlib.sha256()
 
     def write(self, data: memoryview) -> int:
         self.sha256.update(data)
@@ -179,59 +249,70 @@ class _Archive:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The state saved at `path`. ValueError where the file is absent, damaged, or not a checkpoint of ours."""
+    """Read a checkpoint that `save_checkpoint` wrote, and verify its checksum.
+
+    Raises:
+        ValueError: The file does not exist, is damaged, or is not a checkpoint of twinfeed.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    archive, mark, digest = (
-        memoryview(data)[: -len(_MARK) - 64],
-        data[-len(_MARK) - 64 : -64],
-        data[-64:],
-    )
-    actual = hashlib.sha256(archive)
-    actual.update(_NO_COMMENT)
-    if mark != _MARK or actual.hexdigest().encode() != digest:
+    if not _checksum_matches(data):
         raise ValueError(
-            f"{path} is damaged or no checkpoint of twinfeed: its checksum does not hold"
+            f"{path} is damaged or not a checkpoint of twinfeed: its checksum does not match"
         )
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{path} is no checkpoint of twinfeed: it holds more than tensors and plain values"
+            f"{path} is not a checkpoint of twinfeed: it holds more than tensors and plain values"
         ) from None
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise ValueError(
-            f"{path} is no checkpoint of twinfeed: it does not say of which step it is"
-        )
+        raise ValueError(f"{path} is not a checkpoint of twinfeed: it does not contain its step")
     return state
+
+
+def _checksum_matches(data: bytes) -> bool:
+    comment_length = len(_COMMENT_START) + _DIGEST_LENGTH
+    archive = memoryview(data)[:-comment_length]
+    comment_start = data[-comment_length:-_DIGEST_LENGTH]
+    digest = data[-_DIGEST_LENGTH:]
+    expected = hashlib.sha256(archive)
+    expected.update(_EMPTY_COMMENT)
+    return comment_start == _COMMENT_START and digest == expected.hexdigest().encode()
 
 
 def load_states(
     parts: Mapping[str, Any], saved: Mapping[str, Any] | None, path: Path
 ) -> dict[str, Any]:
-    """Give each part (a network, an optimizer) its state again; returns the rest of what was saved, {} for nothing.
+    """Restore networks, optimizers and the like from a checkpoint.
 
-    ValueError where one at `path` does not fit.
+    Args:
+        parts: What to restore, by its key in the checkpoint; each has a `load_state_dict`.
+        saved: The content of the checkpoint. With None, nothing is restored.
+        path: The file it was read from, for error messages.
+
+    Returns:
+        The other entries of the checkpoint; {} if `saved` is None.
+
+    Raises:
+        ValueError: A saved state does not fit its part.
     """
     if saved is None:
         return {}
     try:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-    except (
-        RuntimeError,
-        ValueError,
-        KeyError,
-    ) as error:  # a RuntimeError has one line for each weight
+    except (RuntimeError, ValueError, KeyError) as error:
+        # The RuntimeError of a network has one line for each weight.
         reason = " ".join(str(error).split("\n\t")[:2]).strip()
         raise ValueError(f"{path} does not fit this configuration: {reason}") from None
     return {name: value for name, value in saved.items() if name not in parts}
 
 
 def configuration_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """A line for each setting that differs between two configurations."""
+    """A message for each setting that differs between two configurations."""
     return [
         f"{name}: {saved.get(name, 'nothing')} saved, {current.get(name, 'nothing')} now"
         for name in sorted(saved.keys() | current.keys())

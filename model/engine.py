@@ -1,6 +1,7 @@
-"""How the network is run on its devices: precision, compilation, and one copy on each rank."""
+"""How the network runs on its devices: precision, compilation, and data parallelism."""
 
-# Without `from __future__ import annotations`: torch compares those of `_sum` with its types, and refuses words.
+# Without `from __future__ import annotations`: DDP compares the annotations of its hook with types,
+# and rejects them as strings.
 
 import os
 import warnings
@@ -15,89 +16,114 @@ from .distributed import world_size
 
 
 def prepare_device(device: torch.device, deterministic: bool) -> None:
-    """Fast arithmetic where float32 stays, or (slower) arithmetic that gives the same bits each time."""
+    """Configure torch for speed, or for (slower) arithmetic that repeats to the bit."""
     if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # read when cuBLAS is first used
+        # cuBLAS reads this when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not deterministic
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN uses for convolutions anyway
+        # TF32 for matrix products in float32; cuDNN uses it for convolutions anyway.
+        torch.set_float32_matmul_precision("high")
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype for autocast. `auto`: bfloat16 on a GPU that has it, else float16 there; float32 on a CPU."""
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    """The dtype for autocast.
+
+    Args:
+        name: "float32", "bfloat16", "float16" or "auto". On a CPU, "auto" is float32. On a GPU it
+            is bfloat16 if the hardware has it, and else float16.
+        device: The device to train on.
+    """
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type != "cuda":
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16
 
 
 def choose_compilation(mode: str, device: torch.device) -> tuple[str | None, str]:
-    """The mode for torch.compile, None for none; and in words what was chosen and why.
+    """The mode for torch.compile, or None for no compilation; and a phrase for the log.
 
-    mode: one of torch.compile's, "off", or "auto" (the default mode on a GPU). A machine without a compiler goes on
-    without: torch.compile finds that out only when it first runs, so a small function is tried here.
+    torch.compile fails only when it first runs, so this function compiles a small function to find
+    out whether the machine has a working compiler. If not, training runs uncompiled.
+
+    Args:
+        mode: A mode of torch.compile, "off", or "auto", which is the default mode on a GPU and off
+            on a CPU.
+        device: The device to train on.
     """
     if mode == "off" or (mode == "auto" and device.type != "cuda"):
         return None, "not compiled"
     try:
         torch.compile(torch.square)(torch.ones(8, device=device))
     except Exception as error:
-        return (
-            None,
-            f"not compiled, since torch.compile fails here: {str(error).strip().splitlines()[0]}",
-        )
-    mode = "default" if mode == "auto" else mode
-    return mode, "compiled at the first step" + (f" ({mode})" if mode != "default" else "")
+        reason = str(error).strip().splitlines()[0]
+        return None, f"not compiled, since torch.compile fails here: {reason}"
+    if mode in ("auto", "default"):
+        return "default", "compiled at the first step"
+    return mode, f"compiled at the first step ({mode})"
 
 
 def compile_and_wrap(
     device: torch.device, network: BarlowTwins, compile_mode: str | None
 ) -> nn.Module:
-    """What takes the place of `network`, already on `device`, in the training step: its parameters are the same.
+    """Compile the network in place, and wrap it for data parallelism if there are several ranks.
 
-    The network and its loss become one graph. Among several ranks they become two: the gradients of the projector,
-    which are most of all, then travel while those of the backbone are computed.
+    Args:
+        device: The device that `network` is on.
+        network: The network to train.
+        compile_mode: A mode of torch.compile, or None (see `choose_compilation`).
+
+    Returns:
+        The module to call in the training step. It has the parameters of `network`.
     """
     if compile_mode is not None:
-        if world_size() == 1:
-            network.compile(mode=compile_mode)
-        else:
-            torch._dynamo.config.optimize_ddp = (
-                False  # it would cut them further, at every 25 MiB of gradients
-            )
-            network.backbone.compile(mode=compile_mode)
-            network.compare = torch.compile(network.compare, mode=compile_mode)  # type: ignore[method-assign]
+        _compile(network, compile_mode)
     if world_size() == 1:
         return network
-    one_by_one = not (
-        network.one_pass or network.backbone.layer1.recompute
-    )  # all that torch's own layer can do
-    if compile_mode is None and device.type == "cuda" and one_by_one:
+
+    # Uncompiled on GPUs, torch's own layer serves, unless views share a batch or activations are
+    # recomputed: it can do neither.
+    sync_batch_norm_works = not network.one_pass and not network.backbone.layer1.recompute
+    if compile_mode is None and device.type == "cuda" and sync_batch_norm_works:
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # torch 2.15 has another name for it, which 2.11 does not know
-        copies = DistributedDataParallel(
+        # torch 2.15 has a new name for broadcast_buffers, which torch 2.11 does not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        parallel = DistributedDataParallel(
             network,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # batch norm's averages are those of the global batch already
+            broadcast_buffers=False,  # running averages are those of the global batch already
             gradient_as_bucket_view=True,
         )
-    # The gradient of the global loss is the sum of what the ranks find, not their mean (see loss.py).
-    copies.register_comm_hook(None, lambda _, bucket: _sum(bucket.buffer()))
-    return copies
+    parallel.register_comm_hook(None, _sum_gradients)
+    return parallel
 
 
-def _sum(gradients: Tensor) -> torch.futures.Future[Tensor]:
-    summed = dist.all_reduce(gradients, async_op=True).get_future()
+def _compile(network: BarlowTwins, mode: str) -> None:
+    """Compile the network with its loss as one graph, or as two if there are several ranks.
+
+    Most gradients are the projector's. With two graphs they are sent to the other ranks while those
+    of the backbone are computed.
+    """
+    if world_size() == 1:
+        network.compile(mode=mode)
+        return
+    # Otherwise the graphs would be cut further, at every 25 MiB of gradients.
+    torch._dynamo.config.optimize_ddp = False
+    network.backbone.compile(mode=mode)
+    network.compare_features = torch.compile(network.compare_features, mode=mode)  # type: ignore[method-assign]
+
+
+def _sum_gradients(
+    _: object,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # missing in torch's stubs
+) -> torch.futures.Future[Tensor]:
+    """DDP hook: gradients are summed over the ranks, not averaged (see loss.py)."""
+    summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return summed.then(lambda future: future.value()[0])

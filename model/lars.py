@@ -1,4 +1,7 @@
-"""LARS (You et al. 2017) as the paper uses it: layer-wise rates for weights, plain momentum SGD for the rest."""
+"""LARS (You et al. 2017) as Barlow Twins uses it.
+
+Weights get layer-wise learning rates; biases and batch norm get SGD with momentum.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +15,49 @@ from torch.optim.sgd import sgd
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights, and one-dimensional parameters (biases, batch norm), which have neither weight decay nor adaptation."""
+    """The trainable parameters as two groups for `LARS`.
+
+    The first group has the weights. The second has the one-dimensional parameters (biases and batch
+    norm), with neither weight decay nor adaptation.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in parameters if p.ndim > 1]
+    biases = [p for p in parameters if p.ndim <= 1]
     return [
-        {
-            "params": [p for p in parameters if p.ndim > 1],
-            "weight_decay": weight_decay,
-            "adapt": True,
-        },
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+        {"params": weights, "weight_decay": weight_decay, "adapt": True},
+        {"params": biases, "weight_decay": 0.0, "adapt": False},
     ]
 
 
 class LARS(Optimizer):
-    """For each parameter p with gradient g:
+    """Layer-wise adaptive rate scaling. For each parameter p with gradient g::
 
         g += weight_decay * p
-        g *= eta * |p| / |g|        where the group adapts, and neither norm is 0
+        g *= eta * |p| / |g|        if the group adapts, and neither norm is 0
         mu = momentum * mu + g
         p -= lr * mu
 
-    clip: the factor is min(eta |p| / |g| / lr, 1) instead, so that no step is longer than lr |g| (solo-learn's runs).
+    A step is skipped, and changes nothing, if a gradient is not finite. The device decides that
+    without waiting for the host, and all ranks decide the same because their gradients are equal.
 
-    A step whose gradients are not all finite changes nothing. The device decides that by itself: `skipped` is 1.0 after
-    such a step, else 0.0, and `skipped_steps` counts them, all of them and those in a row (tensors there; on any number
-    of ranks the same, as the gradients are).
+    It takes a few kernel launches per group: torch's operations on lists of tensors, and its fused
+    SGD for the last two lines.
 
-    A few launches for each group: the last two lines are torch's fused SGD, the rest are its operations on lists.
+    Args:
+        groups: Parameter groups, as `parameter_groups` makes them.
+        lr: Learning rate. Set `group["lr"]` before each step to follow a schedule.
+        momentum: Factor on the momentum mu.
+        eta: Trust coefficient of the adaptation.
+        clip: Replace the factor on g by min(eta * |p| / |g| / lr, 1), so that no step is longer
+            than lr * |g|. solo-learn's published runs use this.
+
+    Attributes:
+        skipped: 1.0 if the last step was skipped, else 0.0 (a tensor on the device).
+        skipped_steps: The number of skipped steps, [2]: all of them, and those in a row up to now.
     """
 
-    _step_supports_amp_scaling = (
-        True  # a GradScaler leaves dividing by its scale, and skipping, to `step`
-    )
+    # A GradScaler then leaves it to `step` to divide by the scale and to skip.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -62,17 +76,24 @@ class LARS(Optimizer):
             "adapt": True,
         }
         super().__init__(groups, defaults)
-        first = self.param_groups[0]["params"][0]
-        self.skipped = torch.zeros((), device=first.device)
-        self.skipped_steps = torch.zeros(2, device=first.device)
+        device = self.param_groups[0]["params"][0].device
+        self.skipped = torch.zeros((), device=device)
+        self.skipped_steps = torch.zeros(2, device=device)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Momenta and counts. Weight decay, momentum and the like stay as they are here: they are the run's."""
-        saved = zip(self.param_groups, state_dict["param_groups"], strict=True)
-        groups = [{**mine, "params": theirs["params"]} for mine, theirs in saved]
+        """Restore the momenta and the counts of skipped steps.
+
+        Weight decay, momentum and the other hyper-parameters stay those of this optimizer.
+        """
+        groups = [
+            {**group, "params": saved_group["params"]}
+            for group, saved_group in zip(
+                self.param_groups, state_dict["param_groups"], strict=True
+            )
+        ]
         super().load_state_dict(state_dict | {"param_groups": groups})
         self.skipped_steps.copy_(state_dict["skipped_steps"])
 
@@ -81,32 +102,36 @@ class LARS(Optimizer):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return
-        grads = [_laid_out_as(p, p.grad) for p in params]
-        if (
-            scale := getattr(self, "grad_scale", None)
-        ) is not None:  # set by a GradScaler for the length of a step
+        grads = [_match_strides(p.grad, p) for p in params]
+        scale = getattr(self, "grad_scale", None)  # a GradScaler sets it during a step
+        if scale is not None:
             grads = list(torch._foreach_mul(grads, scale.reciprocal()))
-        self.skipped = 1 - torch.stack(torch._foreach_norm(grads)).isfinite().all().float()
+
+        all_finite = torch.stack(torch._foreach_norm(grads)).isfinite().all()
+        self.skipped = 1 - all_finite.float()
         self.skipped_steps += self.skipped
         self.skipped_steps[1] *= self.skipped
+
         grad_of = dict(zip(params, grads, strict=True))
         for group in self.param_groups:
-            if mine := [p for p in group["params"] if p in grad_of]:
-                self._step(group, mine, [grad_of[p] for p in mine])
+            group_params = [p for p in group["params"] if p in grad_of]
+            if group_params:
+                self._update_group(group, group_params, [grad_of[p] for p in group_params])
 
-    def _step(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _update_group(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+    ) -> None:
         if group["weight_decay"] or group["adapt"]:
-            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))  # a copy
+            # Out of place, since p.grad belongs to the caller.
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         if group["adapt"]:
             clip_lr = group["lr"] if group["clip"] else None
             torch._foreach_mul_(grads, _layer_rates(params, grads, group["eta"], clip_lr))
-        for p in params:
-            mu = self.state[p].get("mu")
-            self.state[p]["mu"] = torch.zeros_like(p) if mu is None else _laid_out_as(p, mu)
+
         sgd(
             params,
             grads,
-            [self.state[p]["mu"] for p in params],
+            [self._momentum_of(p) for p in params],
             fused=True,
             found_inf=self.skipped,
             weight_decay=0.0,
@@ -117,27 +142,44 @@ class LARS(Optimizer):
             maximize=False,
         )
 
+    def _momentum_of(self, p: Tensor) -> Tensor:
+        """The momentum buffer of p, which is created here, with the strides of p."""
+        state = self.state[p]
+        if "mu" in state:
+            state["mu"] = _match_strides(state["mu"], p)
+        else:
+            state["mu"] = torch.zeros_like(p)
+        return state["mu"]
 
-def _laid_out_as(p: Tensor, x: Tensor) -> Tensor:
-    """x in the strides of p: torch's fused SGD takes them for equal on a CPU, and insists on it on a GPU."""
+
+def _match_strides(x: Tensor, p: Tensor) -> Tensor:
+    """x with the strides of p, which has the same shape; a copy only if the layouts differ.
+
+    torch's fused SGD assumes equal strides on a CPU, and requires them on a GPU.
+    """
     if x.stride() == p.stride():
         return x
-    lies_alike = all(
-        n == 1 or a == b for n, a, b in zip(p.shape, p.stride(), x.stride(), strict=True)
+    # The stride of a dimension of size 1 does not matter.
+    same_layout = all(
+        size == 1 or p_stride == x_stride
+        for size, p_stride, x_stride in zip(p.shape, p.stride(), x.stride(), strict=True)
     )
-    return x.as_strided(p.shape, p.stride()) if lies_alike else torch.empty_like(p).copy_(x)
+    if same_layout:
+        return x.as_strided(p.shape, p.stride())
+    return torch.empty_like(p).copy_(x)
 
 
 def _layer_rates(
     params: list[Tensor], grads: list[Tensor], eta: float, clip_lr: float | None
 ) -> list[Tensor]:
-    """eta * |p| / |g|, or min(that / clip_lr, 1); and 1 where either norm is 0."""
-    p_norms, g_norms = (
-        torch.stack(torch._foreach_norm(params)),
-        torch.stack(torch._foreach_norm(grads)),
-    )
-    usable = (p_norms > 0) & (g_norms > 0)
+    """The factor on each gradient: eta * |p| / |g|, and 1 if either norm is 0.
+
+    clip_lr: the learning rate, if the factor is min(eta * |p| / |g| / lr, 1) instead.
+    """
+    p_norms = torch.stack(torch._foreach_norm(params))
+    g_norms = torch.stack(torch._foreach_norm(grads))
     rates = eta * p_norms / g_norms
     if clip_lr is not None:
         rates = (rates / clip_lr).clamp(max=1)
+    usable = (p_norms > 0) & (g_norms > 0)
     return list(torch.where(usable, rates, 1.0).unbind())

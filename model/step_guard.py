@@ -1,4 +1,7 @@
-"""What a training loop keeps of its last completed step, so that neither a fault nor a skipped step takes it away."""
+"""Saving the last completed step of a training loop if the loop fails.
+
+`StepGuard` also undoes what a skipped step has done to the running averages of batch norm.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,32 @@ from .checkpoint import Checkpoints
 
 
 class StepGuard:
-    """The last completed step of a training loop, which a fault in the next one does not take away.
+    """Context manager around a training loop. It saves the last completed step if the loop fails.
 
-    Around the loop, it has that step, `state(step)`, saved when an exception ends it, and notes on the exception where
-    to go on from. (Not on a FloatingPointError: what has diverged would again.) `checkpoints` None: never.
-    Not `alone` neither: among several GPUs, what the device has queued may wait for ever for one that is gone.
+    If an exception ends the loop, it saves `state(step)` and adds a note to the exception with the
+    place to resume from. It ignores a FloatingPointError, because a run that has diverged would
+    diverge again.
+
+    Example::
+
+        with StepGuard(network, state, checkpoints, first_step) as guard:
+            for view_a, view_b in batches:
+                optimizer.zero_grad()
+                network(view_a, view_b).loss.backward()
+                with guard.update(lambda: optimizer.skipped):
+                    optimizer.step()
+
+    Args:
+        network: The network that is trained.
+        state: Returns the checkpoint after a given number of steps, for `Checkpoints.save`.
+        checkpoints: Where to save; None to save nothing.
+        step: The number of steps completed before the loop.
+        alone: Whether the device finishes its work without other ranks. If not, nothing is saved
+            after a failure: work that is queued on a GPU may wait forever for a rank that is gone.
+
+    Attributes:
+        saved_at: Time of the last save, by `time.monotonic`.
+        rescuing: Whether a failed loop is being saved; `state` may check its values then.
     """
 
     def __init__(
@@ -29,81 +53,113 @@ class StepGuard:
         step: int,
         alone: bool = True,
     ) -> None:
-        self._state, self._checkpoints, self._done, self._saved, self._whole = (
-            state,
-            checkpoints,
-            step,
-            step,
-            True,
-        )
-        self._alone, self.rescuing = alone, False
+        self._state = state
+        self._checkpoints = checkpoints
+        self._alone = alone
+        self._completed_step = step
+        self._saved_step = step
+        self._is_updating = False
+        self._averages = _BufferBackup(network)
+        self.rescuing = False
         self.saved_at = time.monotonic()
-        # Batch norm's averages, which the forward pass changes, as of the last step that was not skipped: by type, all
-        # in one tensor, so that each thing done to them is one operation. (buffers, their copy, its parts as they are)
-        self._averages: list[tuple[list[Tensor], Tensor, list[Tensor]]] = []
-        for dtype in {b.dtype for b in network.buffers()}:
-            buffers = [b for b in network.buffers() if b.dtype == dtype]
-            kept = _flat(buffers)
-            parts = zip(kept.split([b.numel() for b in buffers]), buffers, strict=True)
-            self._averages.append((buffers, kept, [part.view(b.shape) for part, b in parts]))
 
     @contextmanager
     def update(self, skipped: Callable[[], Tensor]) -> Iterator[None]:
-        """Around the optimizer's step: in there the weights belong to no step, and a fault leaves nothing to save.
+        """Context manager around the optimizer's step. It never waits for the device.
 
-        `skipped` is asked afterwards: 0-d, on the network's device, not 0 where the optimizer has left the weights as
-        they were. The averages are then set back as well. Waits for no device.
+        Within it the weights belong to no step, so a failure there leaves nothing to save.
+
+        Args:
+            skipped: Called after the step. Returns a scalar on the network's device that is not 0
+                if the optimizer left the weights unchanged. The running averages of batch norm,
+                which the forward pass has updated, are then restored as well.
         """
-        self._whole = False
+        self._is_updating = True
         yield
-        verdict = skipped().bool()
-        for buffers, kept, parts in self._averages:
-            torch.where(
-                verdict, kept, _flat(buffers), out=kept
-            )  # selects: a NaN in the other is no matter
-            torch._foreach_copy_(buffers, parts)
-        self._done, self._whole = self._done + 1, True
+        self._averages.update_or_restore(restore=skipped().bool())
+        self._completed_step += 1
+        self._is_updating = False
 
     def save(self, wait: bool = False, steps_back: int = 0) -> None:
-        """Begin to save the last step; `wait` until it is on the disk. OSError: of the save before, unless waiting.
+        """Start saving the last completed step.
 
-        steps_back: so many steps were skipped since the one that is saved.
+        Args:
+            wait: Return only when the checkpoint is on the disk.
+            steps_back: Save as this many steps earlier, because the steps since were skipped.
+
+        Raises:
+            OSError: Writing failed. Without `wait`, this is the error of the previous save.
         """
         if self._checkpoints is not None:
-            self._checkpoints.save(self._state(self._done - steps_back))
+            self._checkpoints.save(self._state(self._completed_step - steps_back))
             if wait:
                 self._checkpoints.wait()
-        self._saved, self.saved_at = self._done, time.monotonic()
+        self._saved_step = self._completed_step
+        self.saved_at = time.monotonic()
 
     def __enter__(self) -> StepGuard:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if (
-            isinstance(error, Exception)
-            and not isinstance(error, FloatingPointError)
-            and self._checkpoints is not None
-        ):
-            error.add_note(f"it ended after step {self._done:,}{self._rescue(self._checkpoints)}")
+        if self._checkpoints is None or not isinstance(error, Exception):
+            return
+        if not isinstance(error, FloatingPointError):
+            outcome = self._rescue(self._checkpoints)
+            error.add_note(f"it ended after step {self._completed_step:,}{outcome}")
 
     def _rescue(self, checkpoints: Checkpoints) -> str:
-        lost = "" if self._whole else ", in the middle of the next update"
+        """Save the last completed step if possible. Returns the end of a sentence about it."""
         self.rescuing = True
+        obstacle = ", in the middle of the next update" if self._is_updating else ""
         try:
-            checkpoints.wait()  # only then is it known which step is on the disk
-            if self._whole and self._done > self._saved:
-                if not self._alone:
-                    raise RuntimeError("its GPU may wait for a rank that is gone")
-                for buffers, _, parts in self._averages:
-                    torch._foreach_copy_(buffers, parts)
-                self.save(wait=True)
-        except Exception as reason:
-            lost = f", which cannot be saved ({(str(reason) or repr(reason)).splitlines()[0]})"
+            checkpoints.wait()  # checkpoints.step is the step on the disk only after that
+            if not self._is_updating and self._completed_step > self._saved_step:
+                self._save_after_failure()
+        except Exception as error:
+            reason = (str(error) or repr(error)).splitlines()[0]
+            obstacle = f", which cannot be saved ({reason})"
+
         if not checkpoints.step:
-            return f"{lost}: nothing is saved to go on from"
-        which = f"{lost}: step {checkpoints.step:,}" if lost else ", which"
-        return f"{which} is saved in {checkpoints.path}: --resume goes on from there"
+            return f"{obstacle}: there is no checkpoint to resume from"
+        saved = f"{obstacle}: step {checkpoints.step:,}" if obstacle else ", which"
+        return f"{saved} is saved in {checkpoints.path}: continue with --resume"
+
+    def _save_after_failure(self) -> None:
+        if not self._alone:
+            raise RuntimeError("its GPU may wait for a rank that is gone")
+        self._averages.restore()  # the forward pass of the failed step may have updated them
+        self.save(wait=True)
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
+class _BufferBackup:
+    """A copy of the buffers of a network, as of the last step that was not skipped.
+
+    The buffers of each dtype are copied to one flat tensor, so that each operation on all of them
+    is one kernel launch.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        # For each dtype: the buffers, their flat copy, and views of it in the buffers' shapes.
+        self._groups: list[tuple[list[Tensor], Tensor, list[Tensor]]] = []
+        for dtype in {buffer.dtype for buffer in network.buffers()}:
+            buffers = [buffer for buffer in network.buffers() if buffer.dtype == dtype]
+            backup = _flatten(buffers)
+            parts = backup.split([buffer.numel() for buffer in buffers])
+            views = [part.view(b.shape) for part, b in zip(parts, buffers, strict=True)]
+            self._groups.append((buffers, backup, views))
+
+    def update_or_restore(self, restore: Tensor) -> None:
+        """Restore the buffers if `restore` (bool, on the device) is true, else copy them."""
+        for buffers, backup, views in self._groups:
+            # torch.where selects, so NaN in the values that are not selected does no harm.
+            torch.where(restore, backup, _flatten(buffers), out=backup)
+            torch._foreach_copy_(buffers, views)
+
+    def restore(self) -> None:
+        """Set the buffers to the copy."""
+        for buffers, _, views in self._groups:
+            torch._foreach_copy_(buffers, views)
+
+
+def _flatten(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])

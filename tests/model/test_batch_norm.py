@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from model import BarlowTwins, build_backbone
-from model.batch_norm import BatchNorm1d, BatchNorm2d, recomputing
+from model.batch_norm import BatchNorm1d, BatchNorm2d, freeze_running_averages
 from tests.model.test_model import randomised, views
 
 C = 5
@@ -141,7 +141,7 @@ def test_averages_stay_while_activations_are_computed_again(n_views: int) -> Non
     layer.views = n_views
     x = torch.cat([batch("2d", view).float() for view in range(2)])
     first, state = layer(x), copy.deepcopy(layer.state_dict())
-    with recomputing():
+    with freeze_running_averages():
         assert torch.equal(layer(x), first)
     assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
     layer(x)

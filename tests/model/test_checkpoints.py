@@ -318,7 +318,7 @@ def test_a_full_disk_is_said_and_no_thread_is_left(
                 checkpoints.save(at(3)) if surfaces == "save" else checkpoints.wait()
 
     with pytest.raises(
-        OSError, match=r"No space left; what was there before is unchanged.*checkpoint\.pt"
+        OSError, match=r"No space left; the file that was there before is unchanged.*checkpoint\.pt"
     ):
         loop()
     assert set(threading.enumerate()) == threads

@@ -75,7 +75,7 @@ def test_a_rescue_saves_the_averages_of_the_last_step_that_was_not_skipped(tmp_p
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(KeyError) as caught:
         loop(checkpoints)
     assert caught.value.__notes__ == [
-        f"it ended after step 2, which is saved in {tmp_path}/checkpoint.pt: --resume goes on from there"
+        f"it ended after step 2, which is saved in {tmp_path}/checkpoint.pt: continue with --resume"
     ]
     state, _ = Checkpoints(tmp_path).load()
     assert state["step"] == 2
@@ -101,7 +101,7 @@ def test_a_step_that_does_not_reach_the_disk_is_not_called_saved(
     (note,) = caught.value.__notes__
     assert note.startswith("it ended after step 1, which cannot be saved (")
     assert "No space left" in note
-    assert note.endswith("): nothing is saved to go on from")
+    assert note.endswith("): there is no checkpoint to resume from")
     with pytest.raises(FloatingPointError) as diverged, Checkpoints(tmp_path) as checkpoints:
         loop(checkpoints, FloatingPointError())
     assert not hasattr(diverged.value, "__notes__")

@@ -276,7 +276,7 @@ def test_a_real_process_whose_data_vanish_ends_with_one_line(photos: Path, tmp_p
         f"error: the images in {photos} are out of reach: No such file or directory. "
     )
     assert line.endswith(
-        f"step {saved_step(run)}, which is saved in {run}/checkpoint.pt: --resume goes on from there"
+        f"step {saved_step(run)}, which is saved in {run}/checkpoint.pt: continue with --resume"
     )
 
 
@@ -374,7 +374,7 @@ def test_a_device_that_is_lost_keeps_the_step_from_being_saved(tmp_path: Path) -
         loop(checkpoints)
     assert caught.value.__notes__ == [
         "it ended after step 4, which cannot be saved (CUDA error: an illegal memory access was encountered): "
-        f"step 3 is saved in {tmp_path}/checkpoint.pt: --resume goes on from there"
+        f"step 3 is saved in {tmp_path}/checkpoint.pt: continue with --resume"
     ]
 
 
@@ -464,7 +464,7 @@ def test_the_traceback_of_a_mistake_is_there_for_the_asking(
     assert "_some" in [entry.name for entry in caught.traceback], (
         "down to the thread that it came from"
     )
-    assert caught.value.__notes__[-1].endswith("--resume goes on from there")
+    assert caught.value.__notes__[-1].endswith("continue with --resume")
     assert saved_step(run) > 0
 
 

@@ -274,7 +274,7 @@ else:
     assert len(re.findall("^KeyError: 'a bug'$", text, re.MULTILINE)) == raised, text
     assert sum("KeyError: 'a bug'" in line for line in errors(text)) == raised, text
     if raised or rank == 1:
-        place = f"it ended after step {AT}, which is saved in {run / 'checkpoint.pt'}: --resume goes on from there"
+        place = f"it ended after step {AT}, which is saved in {run / 'checkpoint.pt'}: continue with --resume"
         assert sum(place in line for line in errors(text)) == 1, text
         assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == AT
     assert not (run / "preempted").exists()
