@@ -1,7 +1,7 @@
-"""What pretrained weights are worth, by the evaluations of the paper, and what they say about an image.
+"""Evaluate pretrained weights as the paper does, and predict the classes of images.
 
-uv run evaluate.py knn                                                     the last demo run, the embedded data set
-uv run evaluate.py linear --checkpoint resnet50.pth --train imagenet       anybody's weights, your images
+uv run evaluate.py knn                                                  the demo run and data set
+uv run evaluate.py linear --checkpoint resnet50.pth --train imagenet    any weights, your images
 uv run evaluate.py semisup --checkpoint runs/a --train imagenet --labels 1percent.txt
 uv run evaluate.py svm --checkpoint runs/a --voc07 data
 uv run evaluate.py predict --checkpoint runs/a/linear-imagenet.safetensors cat.jpg dog.jpg
@@ -16,7 +16,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,353 +24,351 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 from rich.text import Text
 
+import evaluation  # imports torch when a name of it is first used
 import experiment
-from evaluation import protocols
-from evaluation.classifier import NEIGHBOURS, Classifier, load_classifier
-from evaluation.evaluated_network import EvaluatedNetwork, open_images
-from evaluation.held_out import find_demo
-from evaluation.protocols import Compare, Export, Knn, Linear, Predict, Semisup, Svm
-from evaluation.results import compare, record
+from evaluation import commands
+from evaluation.classifier import load_classifier as load_classifier  # its former place
+from evaluation.commands import (
+    CompareCommand,
+    ExportCommand,
+    ImagesConfig,
+    KnnCommand,
+    LinearCommand,
+    NetworkConfig,
+    PredictCommand,
+    SemisupCommand,
+    SvmCommand,
+)
+from evaluation.comparison import compare
+from evaluation.datasets import (
+    demo_test_images,
+    find_devkit,
+    labelled_subset,
+    open_labelled_splits,
+)
+from evaluation.evaluated_network import EvaluatedNetwork
+from evaluation.protocols import KNN_PUBLISHED, SVM_PUBLISHED
+from evaluation.results import EvaluationResult, save_result
 from experiment import Console, printable
 
-experiment.set_thread_environment()
-
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from evaluation import LabelledFeatures, SvmResult
+    from pipeline import Store
 
-    from evaluation import Tuning
-    from pipeline import Batch, Store
+experiment.set_thread_environment()  # before torch is imported
 
-__all__ = ["load_classifier"]
-
-_PAIRS = 10_000  # images of which two distorted views are compared, at most
-_SHOWN = 8  # images of the embedded data set that are predicted where none are named
+_MOST_PAIRS = 10_000  # images whose two distorted views are compared
+_DEMO_DEVKIT_VIEW = 144  # pixels: its images show several demo images of 48 pixels each
+_EXPORT_SUFFIXES = {"detectron2": "pkl", "safetensors": "safetensors"}
 
 
 def main(console: Console) -> int:
-    """What the command line asks for; the exit status."""
+    """Run the command of the command line; return the exit status."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("evaluate.py is one process, on one device: start it without torchrun")
-    job = protocols.parse()
-    protocols.check(job)
-    if isinstance(job, Compare):
-        return compare(job.runs, console)
-    verbs: dict[type, Callable[[Any, Console], int]] = {
-        Knn: knn,
-        Linear: linear,
-        Semisup: semisup,
-        Svm: svm,
-    }
-    verbs |= {Predict: predict, Export: export}
-    return verbs[type(job)](job, console)
-
-
-def knn(job: Knn, console: Console) -> int:
-    """k nearest neighbours, and what can be read from features without labels."""
-    subject = EvaluatedNetwork(job.network, console, job.images.decoder, job.images.threads)
-    import torch
-
-    import evaluation
-    import pipeline
-
-    train, test = open_images(job.images, console)
-    bank, bank_labels, _ = subject.features(train, "features of those that vote")
-    queries, labels, _ = subject.features(test, "features of those that are asked about")
-    accuracy = evaluation.knn_accuracy(bank, bank_labels, queries, labels, job.k, job.temperature)
-    some, recipe = (
-        pipeline.random_subset(_PAIRS, test, job.images.seed),
-        pipeline.barlow_twins(subject.size),
-    )
-    with torch.no_grad():
-        pairs = [
-            [subject.backbone(view) for view in views]
-            for views, *_ in subject.views(some, "pairs", recipe)
-        ]
-    found = {f"knn_{name}": value for name, value in accuracy.items()}
-    found["effective_rank"] = evaluation.effective_rank(bank)
-    found["alignment"] = evaluation.feature_alignment(
-        *(torch.cat(view) for view in zip(*pairs, strict=True))
-    )
-    found["uniformity"] = evaluation.feature_uniformity(queries)
-    setup = counts(train) | {"k": job.k, "temperature": job.temperature}
-    record(
-        subject, "knn", job, found, setup, protocols.KNN_PUBLISHED, {"train": train, "test": test}
-    )
+    command = commands.parse()
+    command.check()
+    match command:
+        case KnnCommand():
+            knn(command, console)
+        case LinearCommand():
+            linear(command, console)
+        case SemisupCommand():
+            semisup(command, console)
+        case SvmCommand():
+            svm(command, console)
+        case PredictCommand():
+            predict(command, console)
+        case ExportCommand():
+            export(command, console)
+        case CompareCommand():
+            compare(command.runs, console)
     return 0
 
 
-def linear(job: Linear, console: Console) -> int:
-    """Linear classifiers on the frozen network; the best is kept for `predict`."""
-    subject = EvaluatedNetwork(job.network, console, job.images.decoder, job.images.threads)
-    import torch
+def knn(command: KnnCommand, console: Console) -> None:
+    """Measure kNN accuracy, and what features show without labels."""
+    network = open_network(command.network, command.images, console)
+    import pipeline
 
-    import evaluation
+    train, test = open_labelled_splits(command.images, console)
+    bank = network.features(train, "features of the bank (training set)")
+    queries = network.features(test, "features of the queries (test set)")
+    accuracy = evaluation.knn_accuracy(
+        bank.values,
+        bank.labels,
+        queries.values,
+        queries.labels,
+        command.k,
+        command.temperature,
+    )
+    view_a, view_b = network.features_of_distorted_views(
+        pipeline.random_subset(_MOST_PAIRS, test, command.images.seed)
+    )
+    result = EvaluationResult(
+        name="knn",
+        figures={
+            "knn_top1": accuracy["top1"],
+            "knn_top5": accuracy["top5"],
+            "effective_rank": evaluation.rankme(bank.values),
+            "alignment": evaluation.feature_alignment(view_a, view_b),
+            "uniformity": evaluation.feature_uniformity(queries.values),
+        },
+        setup={**count_images(train), "k": command.k, "temperature": command.temperature},
+        published=KNN_PUBLISHED,
+        stores={"train": train, "test": test},
+    )
+    save_result(result, command, network)
 
-    train, test = open_images(job.images, console)
-    (preset, protocol), heads = job.protocol(), tuple(job.heads())
-    name = f"linear-{preset}" + "-sweep" * (len(heads) > 1)
-    tuning = evaluation.Tuning(protocol.epochs, heads, milestones=protocol.milestones or None)
-    amp_dtype = getattr(torch, job.precision)
-    trained = tune(subject, job, name, train, tuning, job.batch_size, amp_dtype)
-    scores = evaluation.accuracies(
-        subject.backbone, trained, subject.views(test, "testing"), amp_dtype
+
+def linear(command: LinearCommand, console: Console) -> None:
+    """Train linear classifiers on the frozen network; export the best one for `predict`."""
+    network = open_network(command.network, command.images, console)
+    train, test = open_labelled_splits(command.images, console)
+    protocol = command.protocol
+    heads = command.heads()
+    name = f"linear-{command.preset_name}"
+    if len(heads) > 1:
+        name += "-sweep"
+
+    training = evaluation.ClassifierTraining(
+        name,
+        evaluation.SGDConfig(protocol.epochs, tuple(heads), milestones=protocol.milestones or None),
+        command.batch_size,
+        command.images.seed,
+        command.resume,
+        command.precision,
     )
-    best = max(
-        range(len(heads)),
-        key=lambda i: scores[i]["top1"] if math.isfinite(scores[i]["loss"]) else -1,
+    trained = evaluation.train_classifiers(network, train, training)
+    scores = evaluation.evaluate_heads(
+        network.backbone, trained, network.views(test, "testing"), training.amp_dtype
     )
-    each = [
-        {"lr": lr, "weight decay": decay} | score
+    best = index_of_best(scores)
+    exported = evaluation.export_classifier(
+        network, trained[best], scores[best], train.classes, name
+    )
+
+    details = [
+        {"lr": lr, "weight decay": decay, **score}
         for (lr, decay), score in zip(heads, scores, strict=True)
     ]
-    setup = counts(train) | {"batch": job.batch_size, "precision": job.precision} | protocol.setup
-    setup |= {name: each[best][name] for name in ("lr", "weight decay")} | {
-        "classifiers tried": len(heads)
-    }
-    stores = {"train": train, "test": test}
-    kept = keep(subject, trained[best], scores[best], train, f"{name}.safetensors")
-    record(subject, name, job, scores[best], setup, job.published(), stores, heads=each)
+    result = EvaluationResult(
+        name=name,
+        figures=scores[best],
+        setup={
+            **count_images(train),
+            "batch": command.batch_size,
+            "precision": command.precision,
+            **protocol.setup,
+            "lr": details[best]["lr"],
+            "weight decay": details[best]["weight decay"],
+            "classifiers tried": len(heads),
+        },
+        published=command.published(),
+        stores={"train": train, "test": test},
+        details={"heads": details},
+    )
+    save_result(result, command, network)
     if len(heads) > 1:
-        figures = {f"lr {h['lr']:g}, weight decay {h['weight decay']:g}": h for h in each}
-        console.table({pair: f"{h['top1']:.2f} / {h['top5']:.2f}" for pair, h in figures.items()})
-        console.print(
-            "The best was chosen by the images that it was tested on, which makes its figure a little high."
-        )
-    done(subject, kept)
-    return 0
+        print_sweep(details, console)
+    finish_training(network, name, exported)
 
 
-def semisup(job: Semisup, console: Console) -> int:
-    """The network and a new classifier tuned on few labels."""
-    subject = EvaluatedNetwork(job.network, console, job.images.decoder, job.images.threads)
-    import evaluation
-    import pipeline
+def semisup(command: SemisupCommand, console: Console) -> None:
+    """Fine-tune the network and a new linear classifier on few labels."""
+    network = open_network(command.network, command.images, console)
+    train, test = open_labelled_splits(command.images, console)
+    labelled = labelled_subset(train, command.labels, command.images.seed)
+    fraction = len(labelled) / len(train)
+    protocol = command.protocol
+    name = f"semisup-{100 * fraction:.3g}percent"
 
-    train, test = open_images(job.images, console)
-    try:
-        fraction = float(job.labels)
-    except ValueError:
-        if not Path(job.labels).is_file():
-            raise ValueError(
-                f"--labels {job.labels}: neither a fraction nor a file that is there"
-            ) from None
-        labelled = pipeline.subset_from_list(train, Path(job.labels))
-    else:
-        labelled = pipeline.stratified_subset(train, fraction, job.images.seed)
-    share, (_, protocol) = len(labelled) / len(train), job.protocol()
-    name = f"semisup-{100 * share:.3g}percent"
-    milestones = protocol.milestones or None
-    heads = ((protocol.lr, 0.0),)
-    tuning = evaluation.Tuning(
-        protocol.epochs, heads, 0.9, protocol.backbone_lr, milestones, gamma=0.2
+    sgd = evaluation.SGDConfig(
+        protocol.epochs,
+        heads=((protocol.lr, 0.0),),
+        momentum=0.9,
+        backbone_lr=protocol.backbone_lr,
+        milestones=protocol.milestones or None,
+        gamma=0.2,
     )
-    (head,) = tune(subject, job, name, labelled, tuning, protocol.batch_size)
-    (score,) = evaluation.accuracies(subject.backbone, [head], subject.views(test, "testing"))
-    setup = counts(train) | {"labelled images": len(labelled)} | protocol.setup
-    stores = {"train": train, "labelled": labelled, "test": test}
-    kept = keep(subject, head, score, train, f"{name}.safetensors")
-    record(subject, name, job, score, setup, job.published(share), stores)
-    done(subject, kept)
-    return 0
+    training = evaluation.ClassifierTraining(
+        name, sgd, protocol.batch_size, command.images.seed, command.resume
+    )
+    (head,) = evaluation.train_classifiers(network, labelled, training)
+    (score,) = evaluation.evaluate_heads(network.backbone, [head], network.views(test, "testing"))
+    exported = evaluation.export_classifier(network, head, score, train.classes, name)
+
+    result = EvaluationResult(
+        name=name,
+        figures=score,
+        setup={**count_images(train), "labelled images": len(labelled), **protocol.setup},
+        published=command.published(fraction),
+        stores={"train": train, "labelled": labelled, "test": test},
+    )
+    save_result(result, command, network)
+    finish_training(network, name, exported)
 
 
-def svm(job: Svm, console: Console) -> int:
-    """A support vector machine for each class of VOC2007."""
-    # The pictures of the embedded kit show several of the demo's images, each of 48 pixels.
-    size = job.network.size or (None if job.voc07 else 144)
-    subject = EvaluatedNetwork(replace(job.network, size=size), console, job.decoder, job.threads)
-    import evaluation
+def svm(command: SvmCommand, console: Console) -> None:
+    """Train a linear SVM for each class of VOC2007."""
+    config = command.network
+    if command.voc07 is None and config.size is None:
+        config = replace(config, size=_DEMO_DEVKIT_VIEW)
+    network = EvaluatedNetwork(config, console, decoder=command.decoder, threads=command.threads)
     import pipeline
 
-    if (root := job.voc07) is None:
-        with console.progress("drawing a development kit, once") as bar:
-            root = pipeline.demo_devkit(pipeline.cache_folder(), find_demo(console)[0].parent, bar)
-    stores: dict[str, Store] = {}
-    seen = {}
-    for split in ("trainval", "test"):
-        stores[split], targets, classes = pipeline.open_voc(root, split)
-        features, _, samples = subject.features(
-            stores[split], f"features of {split}", pipeline.whole_view(subject.size)
-        )
-        seen[split] = features, targets[samples.numpy()]
+    devkit = find_devkit(command.voc07, console)
+    trainval, trainval_features, classes = read_voc_split(network, devkit, "trainval")
+    test, test_features, _ = read_voc_split(network, devkit, "test")
+    # Starting processes takes longer than the fits on the demo's development kit.
+    jobs = 1 if command.voc07 is None else command.threads or pipeline.usable_cores()
     with console.progress("support vector machines") as bar:
-        jobs = (
-            (job.threads or pipeline.usable_cores()) if job.voc07 else 1
-        )  # to start more takes longer than the fits
-        fitted = evaluation.svm_map(
-            *seen["trainval"], *seen["test"], classes, jobs=jobs, progress=bar
+        svms = evaluation.svm_map(
+            trainval_features, test_features, classes, jobs=jobs, progress=bar
         )
-    each = {
+
+    by_class = {
         name: {"average_precision": precision, "C": cost}
-        for name, precision, cost in zip(
-            classes, fitted.average_precisions, fitted.costs, strict=True
-        )
+        for name, precision, cost in zip(classes, svms.average_precisions, svms.costs, strict=True)
     }
-    setup = {
-        "training images": len(stores["trainval"]),
-        "test images": len(stores["test"]),
-        "classes": len(classes),
-    }
-    found = {"map": fitted.mean_average_precision}
-    record(subject, "svm", job, found, setup, protocols.SVM_PUBLISHED, stores, each=each)
-    console.table(
-        {name: f"{one['average_precision']:.2f} (C {one['C']:g})" for name, one in each.items()}
+    result = EvaluationResult(
+        name="svm",
+        figures={"map": svms.mean_average_precision},
+        setup={
+            "training images": len(trainval),
+            "test images": len(test),
+            "classes": len(classes),
+        },
+        published=SVM_PUBLISHED,
+        stores={"trainval": trainval, "test": test},
+        details={"each": by_class},
     )
-    if fitted.not_converged:
-        console.print(
-            f"{fitted.not_converged} of {fitted.fits} fits had not converged after 2,000 iterations"
-        )
-    return 0
+    save_result(result, command, network)
+    print_svms(svms, classes, console)
 
 
-def predict(job: Predict, console: Console) -> int:
-    """Classes and scores of images."""
-    console.quiet |= job.json
-    console.rich.stderr = job.json  # what is said even so: which training images could not be read
-    if not job.pictures and job.network.checkpoint != protocols.DEMO_RUN:
-        raise ValueError("name images to predict: evaluate.py predict --checkpoint W IMAGE...")
-    subject = EvaluatedNetwork(job.network, console, writes=False)
-    if lacking := [
-        path for path in job.pictures if not path.exists() or path.is_dir()
-    ]:  # before others are looked at
-        raise ValueError(f"{lacking[0]} is no file: name images to predict")
-    classifier = Classifier(
-        subject, job.train, k=job.k, temperature=job.temperature, neighbours=job.neighbours
+def predict(command: PredictCommand, console: Console) -> None:
+    """Print the classes and scores of images."""
+    if command.json:
+        console.quiet = True
+        console.rich.stderr = True  # for training images that cannot be read, which are printed
+    network = EvaluatedNetwork(command.network, console, writes_results=False)
+    for path in command.images:  # before the bank is read, which may take minutes
+        if not path.exists() or path.is_dir():
+            raise ValueError(f"{path} is not a file: name images to predict")
+    classifier = evaluation.Classifier(
+        network,
+        command.train,
+        k=command.k,
+        temperature=command.temperature,
+        neighbours=command.neighbours,
     )
-    pictures = job.pictures or tuple(demo_pictures(console))
-    found = classifier.explain(pictures, NEIGHBOURS * job.neighbours)
-    if job.json:
-        both = zip(pictures, found, strict=True)
-        print(json.dumps([{"image": str(path)} | values for path, values in both], indent=2))
-        return 0
-    table = Table(
-        Column("image", overflow="fold"),
-        "class",
-        "score",
-        box=None,
-        pad_edge=False,
-        header_style="",
-    )
-    for path, values in zip(pictures, found, strict=True):
-        table.add_row(
-            Text(printable(str(path))), Text(values["pred_class"]), f"{values['pred_score']:.3f}"
-        )
-        for near in values.get("neighbours", ()):
-            name = Text(f"  like {printable(near['image'])}")
-            table.add_row(name, Text(near["pred_class"] or ""), f"{near['similarity']:.3f}")
-    console.print(f"by {classifier.how}:")
-    console.rich.print(table)
-    return 0
+    images = command.images or demo_test_images(console)
+    if command.neighbours:
+        predictions = classifier.explain(images)
+    else:
+        predictions = classifier.predict_batch(images)
+    if command.json:
+        records = [
+            {"image": str(path), **prediction}
+            for path, prediction in zip(images, predictions, strict=True)
+        ]
+        print(json.dumps(records, indent=2))
+    else:
+        console.print(f"by {classifier.method}:")
+        console.rich.print(prediction_table(images, predictions))
 
 
-def export(job: Export, console: Console) -> int:
-    """The weights in another program's layout."""
-    subject = EvaluatedNetwork(job.network, console)
+def export(command: ExportCommand, console: Console) -> None:
+    """Write the weights in the layout of another project."""
+    network = EvaluatedNetwork(command.network, console)
     import model
 
-    suffix = {"detectron2": "pkl", "safetensors": "safetensors"}.get(job.to, "pth")
-    path = subject.folder / f"{job.to}.{suffix}"
+    path = network.folder / f"{command.to}.{_EXPORT_SUFFIXES.get(command.to, 'pth')}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    model.export(subject.weights, job.to, path)
+    model.export(network.weights, command.to, path)
     console.print(f"written to {printable(str(path))}")
-    return 0
 
 
-def tune(
-    subject: EvaluatedNetwork,
-    job: Linear | Semisup,
-    name: str,
-    train: Store,
-    tuning: Tuning,
-    batch_size: int,
-    amp_dtype: torch.dtype | None = None,
-) -> list[nn.Linear]:
-    """Trains heads on crops of `train`; what `--resume` goes on from lies in the subject's folder meanwhile."""
-    import torch
-
-    import evaluation
-    import pipeline
-
-    loader = subject.open_loader(
-        train, pipeline.crop_view(subject.size), batch_size, shuffle=True, seed=job.images.seed
-    )
-    unfinished = subject.folder / f"{name}.unfinished.pt"
-    if job.resume and not unfinished.exists():
-        raise ValueError(f"{unfinished} is not there: --resume has nothing to go on from")
-    subject.folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "images": pipeline.fingerprint(train),
-        "weights": subject.digest(),
-        "view": subject.size,
-    }
-    losses: list[float] = []  # of each classifier in the last epoch
-    with subject.console.progress(name) as bar:
-
-        def batches(epoch: int) -> Iterator[Batch]:
-            loss = f", loss {min(losses):.4g} in the last" if losses else ""
-            reading = f"epoch {epoch + 1} of {tuning.epochs}{loss}"
-            for step, batch in enumerate(loader.epoch(epoch), epoch * len(loader) + 1):
-                yield batch
-                bar(step, tuning.epochs * len(loader), reading)
-
-        heads = evaluation.train_heads(
-            subject.backbone,
-            len(train.classes),
-            tuning,
-            batches,
-            seed=job.images.seed,
-            settings=settings | {"batch": batch_size},
-            checkpoint=unfinished,
-            resume=job.resume,
-            progress=lambda done, means: losses.__setitem__(slice(None), means),
-            amp_dtype=amp_dtype or torch.float32,
-        )
-    subject.say_bad(loader, "replaced, since it does not decode:")
-    return heads
+# --- What several commands do ---------------------------------------------------------------------
 
 
-def keep(
-    subject: EvaluatedNetwork, head: nn.Linear, score: dict[str, float], train: Store, name: str
-) -> Path:
-    """Writes the network and its classifier, for `predict`. FloatingPointError where they have diverged."""
-    import model
-
-    if not math.isfinite(score["loss"]):
-        raise FloatingPointError(
-            "what was trained gives scores that are not finite: lower learning rates may help"
-        )
-    state = {key: value.detach().cpu() for key, value in head.state_dict().items()}
-    # Of the same layout, by which solo-learn's small stem is known, and of the same pretraining
-    weights = replace(
-        subject.weights,
-        backbone=subject.backbone.state_dict(),
-        head=state,
-        classes=train.classes,
-        size=subject.size,
-    )
-    path = subject.folder / name
-    model.export(weights, "safetensors", path)
-    return path
+def open_network(config: NetworkConfig, images: ImagesConfig, console: Console) -> EvaluatedNetwork:
+    return EvaluatedNetwork(config, console, decoder=images.decoder, threads=images.threads)
 
 
-def done(subject: EvaluatedNetwork, kept: Path) -> None:
-    """Once the results are on the disk, there is nothing to be resumed."""
-    kept.with_suffix(".unfinished.pt").unlink(missing_ok=True)
-    subject.console.print(
-        f"to use it: uv run evaluate.py predict --checkpoint {printable(str(kept))} IMAGE..."
-    )
-
-
-def counts(train: Store) -> dict[str, Any]:
+def count_images(train: Store) -> dict[str, Any]:
     return {"training images": len(train), "classes": len(train.classes)}
 
 
-def demo_pictures(console: Console) -> list[Path]:
-    """Some test images of the embedded data set, one of each class."""
-    folder = find_demo(console)[1]
-    assert folder is not None
-    return [min(path.iterdir()) for path in sorted(folder.iterdir())][:_SHOWN]
+def read_voc_split(
+    network: EvaluatedNetwork, devkit: Path, split: str
+) -> tuple[Store, LabelledFeatures, list[str]]:
+    """The images of a VOC2007 split, their features and targets, and the names of the classes."""
+    import pipeline
+
+    store, targets, classes = pipeline.open_voc(devkit, split)
+    features = network.features(store, f"features of {split}", pipeline.whole_view(network.size))
+    readable_targets = targets[features.samples.numpy()]
+    return store, evaluation.LabelledFeatures(features.values, readable_targets), classes
+
+
+def index_of_best(scores: Sequence[dict[str, float]]) -> int:
+    """The classifier with the highest top-1 accuracy among those that have not diverged."""
+    accuracies = [score["top1"] if math.isfinite(score["loss"]) else -1.0 for score in scores]
+    return accuracies.index(max(accuracies))
+
+
+def print_sweep(details: Sequence[dict[str, float]], console: Console) -> None:
+    console.table(
+        {
+            f"lr {head['lr']:g}, weight decay {head['weight decay']:g}": (
+                f"{head['top1']:.2f} / {head['top5']:.2f}"
+            )
+            for head in details
+        }
+    )
+    console.print(
+        "The best classifier was chosen on the test set, so its accuracy is slightly optimistic."
+    )
+
+
+def print_svms(svms: SvmResult, classes: Sequence[str], console: Console) -> None:
+    rows = {}
+    for name, precision, cost in zip(classes, svms.average_precisions, svms.costs, strict=True):
+        rows[name] = f"{precision:.2f} (C {cost:g})"
+    console.table(rows)
+    if svms.not_converged:
+        console.print(
+            f"{svms.not_converged} of {svms.fits} fits had not converged after 2,000 iterations"
+        )
+
+
+def finish_training(network: EvaluatedNetwork, name: str, exported: Path) -> None:
+    """Remove the checkpoint for `--resume`, now that all results are written."""
+    evaluation.remove_unfinished(network, name)
+    network.console.print(
+        f"to use it: uv run evaluate.py predict --checkpoint {printable(str(exported))} IMAGE..."
+    )
+
+
+def prediction_table(images: Sequence[Path], predictions: Sequence[dict[str, Any]]) -> Table:
+    """A row for each image, and one for each of its neighbours if there are any."""
+    image_column = Column("image", overflow="fold")
+    table = Table(image_column, "class", "score", box=None, pad_edge=False, header_style="")
+    for path, prediction in zip(images, predictions, strict=True):
+        table.add_row(
+            Text(printable(str(path))),
+            Text(prediction["pred_class"]),
+            f"{prediction['pred_score']:.3f}",
+        )
+        for neighbour in prediction.get("neighbours", ()):
+            table.add_row(
+                Text(f"  like {printable(neighbour['image'])}"),
+                Text(neighbour["pred_class"] or ""),
+                f"{neighbour['similarity']:.3f}",
+            )
+    return table
 
 
 if __name__ == "__main__":

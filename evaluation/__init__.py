@@ -1,14 +1,15 @@
-"""What the features of pretrained weights are good for: kNN, linear classifiers, fine-tuning, SVMs, prediction.
+"""Evaluation of pretrained networks: kNN, linear classifiers, fine-tuning, SVMs, prediction.
 
 In another program:
 
-    from twinfeed.evaluation import load_classifier      # `from evaluation import ...` in the repository
+    from twinfeed.evaluation import load_classifier  # in the repository: from evaluation import ...
 
     classifier = load_classifier("runs/demo", train="photos")
-    classifier.predict("cat.jpg")       # {"pred_class": "cat", "pred_label": 3, "pred_score": 0.93}
+    classifier.predict("cat.jpg")  # {"pred_class": "cat", "pred_label": 3, "pred_score": 0.93}
 
-`protocols.py` has the published settings, `evaluated_network.py` the network that all evaluations start from. The
-names below are imported when they are first used, so that a command line can answer before torch is loaded.
+To read the code, begin with `protocols.py` (the published settings), `commands.py` (the options of
+evaluate.py) and `evaluated_network.py` (what all evaluations start from). The names below are
+imported when they are first used, so that a command line can answer before torch is loaded.
 """
 
 from importlib import import_module
@@ -16,77 +17,69 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .classifier import Classifier, load_classifier
-    from .features import (
-        Batches,
-        colour_feature,
-        effective_rank,
-        extract,
-        feature_alignment,
-        feature_uniformity,
-        pixel_feature,
+    from .classifier_training import (
+        ClassifierTraining,
+        export_classifier,
+        remove_unfinished,
+        train_classifiers,
     )
-    from .knn import (
-        knn_accuracies,
-        knn_accuracy,
-        knn_votes,
-        neighbours,
-        online_accuracies,
-        probe_accuracy,
-    )
-    from .linear_heads import Tuning, accuracies, train_heads
-    from .svm import SvmResult, average_precision, svm_map
-
-_HOMES = {
-    "classifier": ("Classifier", "load_classifier"),
-    "features": (
-        "Batches",
-        "colour_feature",
-        "effective_rank",
-        "extract",
-        "feature_alignment",
-        "feature_uniformity",
-        "pixel_feature",
-    ),
-    "knn": (
-        "knn_accuracies",
-        "knn_accuracy",
-        "knn_votes",
-        "neighbours",
-        "online_accuracies",
-        "probe_accuracy",
-    ),
-    "linear_heads": ("Tuning", "accuracies", "train_heads"),
-    "svm": ("SvmResult", "average_precision", "svm_map"),
-}
-_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+    from .feature_metrics import feature_alignment, feature_uniformity, rankme
+    from .features import Batches, colour_feature, extract_features, pixel_feature
+    from .knn import knn_accuracies, knn_accuracy, knn_votes, nearest_neighbours
+    from .linear_heads import RunOptions, SGDConfig, evaluate_heads, train_heads
+    from .linear_probe import online_accuracies, probe_accuracy
+    from .svm import LabelledFeatures, SvmResult, average_precision, svm_map
 
 __all__ = [
     "Batches",
     "Classifier",
+    "ClassifierTraining",
+    "LabelledFeatures",
+    "RunOptions",
+    "SGDConfig",
     "SvmResult",
-    "Tuning",
-    "accuracies",
     "average_precision",
     "colour_feature",
-    "effective_rank",
-    "extract",
+    "evaluate_heads",
+    "export_classifier",
+    "extract_features",
     "feature_alignment",
     "feature_uniformity",
     "knn_accuracies",
     "knn_accuracy",
     "knn_votes",
     "load_classifier",
-    "neighbours",
+    "nearest_neighbours",
     "online_accuracies",
     "pixel_feature",
     "probe_accuracy",
+    "rankme",
+    "remove_unfinished",
     "svm_map",
+    "train_classifiers",
     "train_heads",
 ]
 
+_NAMES_OF_MODULE = {
+    "classifier": ("Classifier", "load_classifier"),
+    "classifier_training": (
+        "ClassifierTraining",
+        "export_classifier",
+        "remove_unfinished",
+        "train_classifiers",
+    ),
+    "feature_metrics": ("feature_alignment", "feature_uniformity", "rankme"),
+    "features": ("Batches", "colour_feature", "extract_features", "pixel_feature"),
+    "knn": ("knn_accuracies", "knn_accuracy", "knn_votes", "nearest_neighbours"),
+    "linear_heads": ("RunOptions", "SGDConfig", "evaluate_heads", "train_heads"),
+    "linear_probe": ("online_accuracies", "probe_accuracy"),
+    "svm": ("LabelledFeatures", "SvmResult", "average_precision", "svm_map"),
+}
+_MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
+
 
 def __getattr__(name: str) -> Any:
-    """Python calls this for a name that the module does not have yet (PEP 562)."""
-    if name not in _MODULE_OF:
+    """Import a name at its first use; Python calls this for names not defined yet (PEP 562)."""
+    if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULE_OF_NAME[name]}", __name__), name)

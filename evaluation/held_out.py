@@ -1,4 +1,8 @@
-"""Images that are kept out of training: which they are, and what a network makes of them."""
+"""Held-out images of a pretraining run: which images they are, and the tests on them.
+
+train.py opens its images here. Labelled images that the run never trains on are the queries of a
+kNN vote, and training images are its bank. `knn.py` and `linear_probe.py` have the computations.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .datasets import find_demo_splits, open_store
 from .rooms import experiment
 
 if TYPE_CHECKING:
@@ -13,67 +18,51 @@ if TYPE_CHECKING:
 
     from pipeline import Batch, Loader, Store
 
-_BANK, _QUERIES = 50_000, 10_000  # images to learn from, and to be asked about, at most
+_MOST_BANK_IMAGES = 50_000
+_MOST_QUERIES = 10_000
 
 
 def open_stores(
     preset: str, config: experiment.Pretrain, console: experiment.Console
 ) -> tuple[Store, Store | None]:
-    """Images to train on, and labelled ones never trained on for the kNN test (None where there are no labels)."""
+    """The training images, and labelled images that are never trained on.
+
+    The held-out images are the test split if there is one with the same classes, else a fraction
+    of the training images. They are None if the training images have no labels.
+
+    Raises:
+        ValueError: The preset needs images and --data is not given, or they cannot be read.
+    """
     from .rooms import pipeline
 
-    if config.data.data is not None:
-        train_folder, test_folder = pipeline.find_splits(config.data.data)
-    elif preset == "demo":
-        train_folder, test_folder = find_demo(console)
-    else:
-        raise ValueError(f"{preset} needs images: --data DIR or FILE")
-    train_store = open_store(train_folder, console)
-    if not train_store.classes or (train_store.index["label"] < 0).any():
-        lacks = (
-            "images without labels"
-            if train_store.classes
-            else "no labels (or images beside class folders)"
-        )
-        console.print(f"{train_folder} has {lacks}: no kNN test, which needs them")
-        return train_store, None
-    if test_folder is not None:
-        test_store = open_store(test_folder, console)
-        if test_store.classes == train_store.classes and (test_store.index["label"] >= 0).all():
-            return train_store, test_store
+    train_path, test_path = _find_splits(preset, config.data, console)
+    train = open_store(train_path, console)
+    if not _has_labels(train):
+        problem = "no labels (or images beside class folders)"
+        if train.classes:
+            problem = "images without labels"
+        console.print(f"{train_path} has {problem}: no kNN test, which needs labels")
+        return train, None
+
+    if test_path is not None:
+        test = open_store(test_path, console)
+        if _has_labels(test) and test.classes == train.classes:
+            return train, test
         console.print(
-            f"{test_folder} has not the classes of {train_folder}, or images without: not used"
+            f"{test_path} is not used: it has other classes than {train_path}, or images without "
+            "labels"
         )
-    share = min(config.data.hold_out, _QUERIES / len(train_store))
-    train_part, test_part = pipeline.hold_out(train_store, share, config.run.seed)
+
+    fraction = min(config.data.hold_out, _MOST_QUERIES / len(train))
+    train_part, held_out = pipeline.hold_out(train, fraction, config.run.seed)
     console.print(
-        f"{len(test_part):,} images are kept out of training for the kNN test (--hold-out)"
+        f"{len(held_out):,} images are held out from training for the kNN test (--hold-out)"
     )
-    return train_part, test_part
-
-
-def find_demo(console: experiment.Console) -> tuple[Path, Path | None]:
-    """The folders of the embedded data set: to train and to test on."""
-    from .rooms import pipeline
-
-    with console.progress("drawing the demo data set, once") as bar:
-        return pipeline.find_splits(pipeline.demo_folder(pipeline.cache_folder(), bar))
-
-
-def open_store(path: Path, console: experiment.Console) -> Store:
-    """The images at `path`; those that are left out are named."""
-    from .rooms import pipeline
-
-    with console.progress(f"indexing {path}") as bar:
-        store = pipeline.open_store(path, bar)
-    console.print_rejects(
-        "left out", {str(path / name): reason for name, reason in store.rejects.items()}
-    )
-    return store
+    return train_part, held_out
 
 
 class HeldOutEvaluation:
-    """The tests of a run: features of at most so many training images, asked about the held-out ones."""
+    """The kNN test and the linear probe of a run, on its held-out images."""
 
     def __init__(
         self,
@@ -82,36 +71,60 @@ class HeldOutEvaluation:
         open_loader: Callable[[Store], Loader],
         console: experiment.Console,
     ) -> None:
-        """open_loader(store) gives test views, in the store's order."""
-        self._train, self._test, self._open_loader, self._console = (
-            train,
-            test,
-            open_loader,
-            console,
-        )
+        """Prepare the evaluation; nothing is read yet.
+
+        Args:
+            train: The training images; at most 50,000 of them are the bank.
+            test: The held-out images; at most 10,000 of them are the queries.
+            open_loader: Returns a loader of test views, in the store's order.
+            console: Shows the progress and the images that cannot be read.
+        """
+        self._train = train
+        self._test = test
+        self._open_loader = open_loader
+        self._console = console
 
     def knn(self, features: dict[str, Callable[[Tensor], Tensor]]) -> dict[str, float]:
-        """The kNN accuracy of each function of a view, in percent."""
+        """The kNN top-1 accuracy, in percent, of each feature: functions of a view."""
         from .knn import knn_accuracies
 
-        return knn_accuracies(
-            self._views(self._train, _BANK), self._views(self._test, _QUERIES), features
-        )
+        return knn_accuracies(self._bank_views(), self._query_views(), features)
 
     def online(self, feature: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """kNN's and the linear probe's accuracy of one, in percent."""
-        from .knn import online_accuracies
+        """`knn_top1` and `probe_top1` of one feature, in percent, to follow during training."""
+        from .linear_probe import online_accuracies
 
-        return online_accuracies(
-            self._views(self._train, _BANK), self._views(self._test, _QUERIES), feature
-        )
+        return online_accuracies(self._bank_views(), self._query_views(), feature)
+
+    def _bank_views(self) -> Iterator[Batch]:
+        return self._views(self._train, _MOST_BANK_IMAGES)
+
+    def _query_views(self) -> Iterator[Batch]:
+        return self._views(self._test, _MOST_QUERIES)
 
     def _views(self, store: Store, most: int) -> Iterator[Batch]:
+        """Test views of at most `most` images; prints those that cannot be read."""
         from .rooms import pipeline
 
         loader = self._open_loader(pipeline.random_subset(most, store))
         with self._console.progress("testing on held-out images") as bar:
             yield from experiment.counted(loader.epoch(0), len(loader), bar)
-        self._console.print_rejects(
-            "left out", {store.name(sample): reason for sample, reason in loader.bad.items()}
-        )
+        rejects = {store.name(sample): reason for sample, reason in loader.bad.items()}
+        self._console.print_rejects("left out", rejects)
+
+
+def _find_splits(
+    preset: str, data: experiment.DataConfig, console: experiment.Console
+) -> tuple[Path, Path | None]:
+    from .rooms import pipeline
+
+    if data.data is not None:
+        return pipeline.find_splits(data.data)
+    if data.demo_data:
+        return find_demo_splits(console)
+    raise ValueError(f"{preset} needs images: --data DIR or FILE")
+
+
+def _has_labels(store: Store) -> bool:
+    """Whether every image has a label."""
+    return bool(store.classes) and bool((store.index["label"] >= 0).all())

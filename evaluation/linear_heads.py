@@ -1,4 +1,8 @@
-"""Linear classifiers on a backbone: many at once on one that is frozen, or one that is fine-tuned together with it."""
+"""Training of linear classifiers ("heads") on a backbone by SGD, as the published protocols do.
+
+Several heads are trained at once on a frozen backbone, or one head is fine-tuned together with the
+backbone. `classifier_training.py` does this for the images and the checkpoint of a command.
+"""
 
 from __future__ import annotations
 
@@ -12,150 +16,226 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import Batches, right
+from .features import Batches, count_correct
 from .rooms import model
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """SGD with momentum on the cross-entropy. Rates are those that are used: nothing scales them by the batch size."""
+class SGDConfig:
+    """SGD with momentum on the cross-entropy. No learning rate is scaled by the batch size."""
 
     epochs: int
-    heads: tuple[
-        tuple[float, float], ...
-    ]  # (learning rate, weight decay) of each: one, or the grid of a sweep
+    heads: tuple[tuple[float, float], ...]
+    """Learning rate and weight decay of each head."""
     momentum: float = 0.9
-    backbone_lr: float | None = (
-        None  # its learning rate, without weight decay; None: frozen, in evaluation mode
-    )
-    milestones: tuple[int, ...] | None = (
-        None  # after so many epochs each rate falls; None: a cosine per epoch, to 0
-    )
-    gamma: float = 0.1  # what it is multiplied by there
+    backbone_lr: float | None = None
+    """Learning rate of the backbone, without weight decay; None: the backbone is frozen."""
+    milestones: tuple[int, ...] | None = None
+    """Epochs after which all learning rates fall; None: a cosine to 0, constant in an epoch."""
+    gamma: float = 0.1
+    """Factor on the learning rates at each milestone."""
 
-    def factor(self, epoch: int) -> float:
-        """The fraction of each rate that is used throughout `epoch` (from 0)."""
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether the backbone is trained too."""
+        return self.backbone_lr is not None
+
+    def learning_rate_factor(self, epoch: int) -> float:
+        """The fraction of the initial learning rates that is used during `epoch`, from 0."""
         if self.milestones is None:
             return model.learning_rate_factor(epoch, self.epochs, 0, end=0.0)
         return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
 
 
+def _ignore_progress(epochs_done: int, mean_losses: list[float]) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a training of heads is started, saved and resumed."""
+
+    seed: int
+    """Decides the initial weights, which are the same for all heads."""
+    settings: dict[str, Any]
+    """Plain values that must be equal to resume, besides the hyper-parameters: the origin of the
+    backbone's weights and of the images above all."""
+    checkpoint: Path | None = None
+    """File that is saved after each epoch."""
+    resume: bool = False
+    """Resume from `checkpoint`."""
+    amp_dtype: torch.dtype = torch.float32
+    """Precision of a frozen backbone; the heads are trained in the precision of its weights."""
+    progress: Callable[[int, list[float]], None] = _ignore_progress
+    """Called after each epoch with the number of epochs done and the mean loss of each head."""
+
+
 def train_heads(
     backbone: model.Backbone,
     classes: int,
-    tuning: Tuning,
+    sgd: SGDConfig,
     epoch_batches: Callable[[int], Batches],
-    *,
-    seed: int,
-    settings: dict[str, Any],
-    checkpoint: Path | None = None,
-    resume: bool = False,
-    amp_dtype: torch.dtype = torch.float32,
-    progress: Callable[[int, list[float]], None] = lambda epochs, losses: None,
+    options: RunOptions,
 ) -> list[nn.Linear]:
-    """A linear classifier for each of `tuning.heads`, all from the same start (`seed`), on the backbone's device.
+    """Train a linear classifier for each of `sgd.heads`, on the backbone's device.
 
-    epoch_batches(epoch): its batches, all labelled (that is not looked at: a GPU would be waited for at each step), the
-    first view of which is used. A frozen backbone looks at each once for all heads, in `amp_dtype`, and ends as it was,
-    to the bit; heads that diverge (their loss is NaN) leave the others alone. A tuned one is changed; that is in
-    float32. progress(epochs done, mean loss of each head).
+    A frozen backbone computes the features of a batch once for all heads, and is bit-identical
+    afterwards. A head whose loss becomes NaN does not affect the others. A fine-tuned backbone is
+    changed in place, and is trained in float32.
 
-    After each epoch everything is saved to `checkpoint`, from where `resume` goes on to the same bits; a finished one
-    stays, and gives the same heads at once. `settings` (plain values) are what else has to be the same for that, the
-    weights' origin and the data above all. ValueError where they differ; FloatingPointError where every head diverges.
+    Training that is resumed from the checkpoint gives the same bits as without interruption. The
+    checkpoint of a finished training stays, and resuming it returns the same heads at once.
+
+    Args:
+        backbone: The network [B, 3, S, S] -> [B, F].
+        classes: The number of classes.
+        sgd: The hyper-parameters.
+        epoch_batches: Returns the batches of an epoch. The first view of each is used. All images
+            must have labels; that is not checked, since a GPU would have to be waited for.
+        options: Seed, checkpoint, precision and progress.
+
+    Raises:
+        ValueError: The checkpoint cannot be read, or was saved with other settings.
+        FloatingPointError: The loss of every head is not finite.
     """
-    tuned, weight = tuning.backbone_lr is not None, backbone.conv1.weight
-    assert len(tuning.heads) == 1 if tuned else tuning.heads
-    assert not tuned or amp_dtype == torch.float32
-    frozen = {} if tuned else {name: value.clone() for name, value in backbone.state_dict().items()}
-    heads = [_new_head(backbone.out_features, classes, seed).to(weight) for _ in tuning.heads]
-    groups: list[dict[str, Any]] = [
-        {"params": head.parameters(), "lr": lr, "weight_decay": decay}
-        for head, (lr, decay) in zip(heads, tuning.heads, strict=True)
-    ]
-    if tuned:
-        groups.append({"params": backbone.parameters(), "lr": tuning.backbone_lr})
-    rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.SGD(groups, momentum=tuning.momentum)
+    if sgd.fine_tunes:
+        assert len(sgd.heads) == 1
+        assert options.amp_dtype == torch.float32
+    else:
+        assert sgd.heads
+    weight = backbone.conv1.weight
+    heads = [_new_head(backbone.out_features, classes, options.seed).to(weight) for _ in sgd.heads]
+    trainer = _HeadTrainer(backbone, heads, sgd, options.amp_dtype)
+    settings = {
+        **options.settings,
+        **asdict(sgd),
+        "classes": classes,
+        "seed": options.seed,
+        "precision": str(options.amp_dtype),
+    }
+    frozen_state = None if sgd.fine_tunes else _copy_of_state(backbone)
 
-    learned: dict[str, Any] = {"heads": nn.ModuleList(heads), "optimizer": optimizer}
-    if tuned:
-        learned["backbone"] = backbone
-    settings = (
-        settings | asdict(tuning) | {"classes": classes, "seed": seed, "precision": str(amp_dtype)}
-    )
-    done = 0
-    if resume:
-        assert checkpoint is not None
-        saved = model.load_checkpoint(checkpoint, weight.device)
-        if changes := model.configuration_changes(saved.get("settings", {}), settings):
-            raise ValueError(
-                f"{checkpoint} cannot be resumed, it is of other settings: {'; '.join(changes)}"
-            )
-        done = model.load_states(learned, saved, checkpoint)["step"]
+    epochs_done = 0
+    if options.resume:
+        assert options.checkpoint is not None
+        epochs_done = _resume(trainer.states, settings, options.checkpoint, weight.device)
+    for epoch in range(epochs_done, sgd.epochs):
+        mean_losses = trainer.train_epoch(epoch, epoch_batches(epoch))
+        if options.checkpoint is not None:
+            states = {name: part.state_dict() for name, part in trainer.states.items()}
+            state = {"step": epoch + 1, "settings": settings, **states}
+            model.save_checkpoint(options.checkpoint, state)
+        options.progress(epoch + 1, mean_losses)
 
-    for epoch in range(done, tuning.epochs):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * tuning.factor(epoch)
-        backbone.train(tuned)
-        total, images = torch.zeros(len(heads), dtype=torch.float64, device=weight.device), 0
-        for (view, *_), labels, _ in epoch_batches(epoch):
-            with torch.set_grad_enabled(tuned):
-                features = _features(backbone, view, amp_dtype)
-            losses = torch.stack([F.cross_entropy(head(features), labels) for head in heads])
-            optimizer.zero_grad()
-            losses.sum().backward()
-            optimizer.step()
-            total += losses.detach() * len(labels)
-            images += len(labels)
-        means = (total / images).tolist()
-        if not any(map(math.isfinite, means)):
-            raise FloatingPointError(
-                f"the loss is {means[0]} in epoch {epoch + 1}, with a learning rate of "
-                f"{' and '.join(f'{rate:g}' for rate in rates)}: a lower one may help"
-            )
-        if checkpoint is not None:
-            states = {name: part.state_dict() for name, part in learned.items()}
-            model.save_checkpoint(checkpoint, {"step": epoch + 1, "settings": settings} | states)
-        progress(epoch + 1, means)
-    now = backbone.state_dict()
-    assert all(torch.equal(now[name], value) for name, value in frozen.items()), (
-        "the frozen backbone has changed"
-    )
+    if frozen_state is not None:
+        _assert_unchanged(backbone, frozen_state)
     return heads
 
 
+class _HeadTrainer:
+    """The heads, their optimizer and the training of one epoch."""
+
+    def __init__(
+        self,
+        backbone: model.Backbone,
+        heads: list[nn.Linear],
+        sgd: SGDConfig,
+        amp_dtype: torch.dtype,
+    ) -> None:
+        self._backbone = backbone
+        self._heads = heads
+        self._sgd = sgd
+        self._amp_dtype = amp_dtype
+        groups: list[dict[str, Any]] = [
+            {"params": head.parameters(), "lr": lr, "weight_decay": decay}
+            for head, (lr, decay) in zip(heads, sgd.heads, strict=True)
+        ]
+        if sgd.fine_tunes:
+            groups.append({"params": backbone.parameters(), "lr": sgd.backbone_lr})
+        self._initial_rates: list[float] = [group["lr"] for group in groups]
+        self._optimizer = torch.optim.SGD(groups, momentum=sgd.momentum)
+        self.states: dict[str, Any] = {
+            "heads": nn.ModuleList(heads),
+            "optimizer": self._optimizer,
+        }
+        """What a checkpoint saves."""
+        if sgd.fine_tunes:
+            self.states["backbone"] = backbone
+
+    def train_epoch(self, epoch: int, batches: Batches) -> list[float]:
+        """Train on the batches of an epoch; returns the mean loss of each head.
+
+        FloatingPointError if none of them is finite.
+        """
+        factor = self._sgd.learning_rate_factor(epoch)
+        for group, rate in zip(self._optimizer.param_groups, self._initial_rates, strict=True):
+            group["lr"] = rate * factor
+        fine_tunes = self._sgd.fine_tunes
+        self._backbone.train(fine_tunes)
+        device = self._backbone.conv1.weight.device
+        total = torch.zeros(len(self._heads), dtype=torch.float64, device=device)
+        images = 0
+        for (view, *_), labels, _ in batches:
+            with torch.set_grad_enabled(fine_tunes):
+                features = _features(self._backbone, view, self._amp_dtype)
+            losses = torch.stack([F.cross_entropy(head(features), labels) for head in self._heads])
+            self._optimizer.zero_grad()
+            losses.sum().backward()
+            self._optimizer.step()
+            total += losses.detach() * len(labels)
+            images += len(labels)
+
+        mean_losses: list[float] = (total / images).tolist()
+        if not any(map(math.isfinite, mean_losses)):
+            rates = " and ".join(f"{rate:g}" for rate in self._initial_rates)
+            raise FloatingPointError(
+                f"the loss is {mean_losses[0]} in epoch {epoch + 1}, with a learning rate of "
+                f"{rates}: a lower one may help"
+            )
+        return mean_losses
+
+
 @torch.no_grad()
-def accuracies(
+def evaluate_heads(
     backbone: model.Backbone,
     heads: Sequence[nn.Linear],
     batches: Batches,
     amp_dtype: torch.dtype = torch.float32,
 ) -> list[dict[str, float]]:
-    """`top1` and `top5` in percent, and the mean cross-entropy `loss`, of each head: in one pass over labelled batches.
+    """Measure each head in one pass over labelled batches.
 
-    Leaves the backbone in evaluation mode. All three are NaN for a head that has diverged.
+    Leaves the backbone in evaluation mode.
+
+    Returns:
+        `top1` and `top5` accuracy in percent, and the mean cross-entropy `loss`, for each head. All
+        three are NaN for a head that has diverged.
     """
     backbone.eval()
-    found = torch.zeros(len(heads), 3, dtype=torch.float64, device=backbone.conv1.weight.device)
+    device = backbone.conv1.weight.device
+    correct = torch.zeros(len(heads), 2, dtype=torch.float64, device=device)  # top-1, top-5
+    losses = torch.zeros(len(heads), dtype=torch.float64, device=device)
     images = 0
     for (view, *_), labels, _ in batches:
         features = _features(backbone, view, amp_dtype)
-        for head, sums in zip(heads, found, strict=True):
+        for i, head in enumerate(heads):
             scores = head(features)
-            sums[:2] += right(scores, labels)
-            sums[2] += F.cross_entropy(scores, labels, reduction="sum")
+            correct[i] += count_correct(scores, labels)
+            losses[i] += F.cross_entropy(scores, labels, reduction="sum")
         images += len(labels)
-    return [
-        {"top1": 100 * top1, "top5": 100 * top5, "loss": loss}
-        if math.isfinite(loss)
-        else dict.fromkeys(("top1", "top5", "loss"), math.nan)
-        for top1, top5, loss in (found / images).tolist()
-    ]
+
+    results = []
+    for (top1, top5), loss in zip(
+        (correct / images).tolist(), (losses / images).tolist(), strict=True
+    ):
+        if math.isfinite(loss):
+            results.append({"top1": 100 * top1, "top5": 100 * top5, "loss": loss})
+        else:
+            results.append({"top1": math.nan, "top5": math.nan, "loss": math.nan})
+    return results
 
 
 def _new_head(features: int, classes: int, seed: int) -> nn.Linear:
-    """As the authors start theirs: weights N(0, 0.01), bias 0."""
+    """A head with the authors' initial weights: N(0, 0.01), and bias 0."""
     head = nn.Linear(features, classes)
     nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.bias)
@@ -163,6 +243,31 @@ def _new_head(features: int, classes: int, seed: int) -> nn.Linear:
 
 
 def _features(backbone: model.Backbone, view: Tensor, amp_dtype: torch.dtype) -> Tensor:
-    """[B, F] in the precision of the backbone's weights, by arithmetic in `amp_dtype`."""
+    """Features [B, F], computed in `amp_dtype` and returned in the precision of the weights."""
     with torch.autocast(view.device.type, amp_dtype, enabled=amp_dtype != torch.float32):
         return backbone(view).to(backbone.conv1.weight.dtype)
+
+
+def _resume(
+    states: dict[str, Any], settings: dict[str, Any], checkpoint: Path, device: torch.device
+) -> int:
+    """Load the states from the checkpoint; returns the number of epochs that are done."""
+    saved = model.load_checkpoint(checkpoint, device)
+    changes = model.configuration_changes(saved.get("settings", {}), settings)
+    if changes:
+        raise ValueError(
+            f"{checkpoint} cannot be resumed with other settings than it was saved with: "
+            f"{'; '.join(changes)}. Use those, or train anew without --resume"
+        )
+    epochs_done: int = model.load_states(states, saved, checkpoint)["step"]
+    return epochs_done
+
+
+def _copy_of_state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def _assert_unchanged(module: nn.Module, before: dict[str, Tensor]) -> None:
+    after = module.state_dict()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), f"the frozen backbone has changed: {name}"

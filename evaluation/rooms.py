@@ -1,7 +1,8 @@
-"""The other rooms, imported when they are first asked for: `from .rooms import experiment, model, pipeline`.
+"""The other packages of this program: `from .rooms import experiment, model, pipeline`.
 
-In the repository the rooms are top-level packages; installed by `pip install`, they are `twinfeed.model` and so on.
-Every other file of this room finds them here, so that one copy of the code serves both.
+In the repository they are top-level packages; after `pip install` they are `twinfeed.model` and so
+on. All files here import them through this module, so that the same code works in both places.
+They are imported when they are first used.
 """
 
 from importlib import import_module
@@ -17,7 +18,7 @@ __all__ = ["experiment", "model", "pipeline"]
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Python calls this for a name that the module does not have yet (PEP 562)."""
+    """Import a package at its first use; Python calls this for names not defined yet (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     parent = __package__.rpartition(".")[0]

@@ -1,162 +1,219 @@
-"""Frozen features by linear SVMs, a class against the rest: the multi-label protocol of PASCAL VOC 2007.
+"""Linear SVMs on frozen features, one for each class: the multi-label protocol of PASCAL VOC2007.
 
-As VISSL does it (Goyal et al. 2019, "Scaling and Benchmarking Self-Supervised Visual Representation Learning").
+After VISSL (Goyal et al. 2019, "Scaling and Benchmarking Self-Supervised Visual Representation
+Learning"). scikit-learn takes a second to import, so this module is imported only to fit SVMs.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import cross_validate
+from sklearn.svm import LinearSVC
+from sklearn.utils.parallel import Parallel, delayed
 from torch import Tensor
 
 COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)
-_FOLDS = 3
-_MOST_ITERATIONS = 2000
+"""The values of C that cross-validation chooses from."""
 
-Targets = NDArray[
-    np.int8
-]  # 1 for pictures with the class, 0 for those with difficult objects of it alone, -1 without
+_FOLDS = 3
+_MAX_ITERATIONS = 2000
+
+Targets = NDArray[np.int8]
+"""1: the image shows the class; 0: it shows only difficult objects of the class; -1: it does not
+show the class."""
+
+
+class LabelledFeatures(NamedTuple):
+    """The features and the targets of a set of images."""
+
+    features: Tensor  # [n, F]
+    targets: Targets  # [n, C]
 
 
 class SvmResult(NamedTuple):
-    """What `svm_map` finds, per class and as their mean."""
+    """The result of `svm_map`: a value for each class, and their mean."""
 
-    costs: list[float]  # the C of each class
+    costs: list[float]  # the C that was chosen for each class
     average_precisions: list[float]  # percent
     mean_average_precision: float  # percent
-    fits: int  # of SVMs, in all
-    not_converged: int  # of these fits; those of a large C, mostly
+    fits: int  # number of SVMs that were fitted
+    not_converged: int  # number of these that reached the iteration limit, mostly for a large C
 
 
 def svm_map(
-    train: Tensor,
-    train_targets: Targets,
-    test: Tensor,
-    test_targets: Targets,
+    train: LabelledFeatures,
+    test: LabelledFeatures,
     classes: Sequence[str],
     *,
     costs: Sequence[float] = COSTS,
     jobs: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SvmResult:
-    """The average precision of each class on `test` [m, F] of an SVM that was fitted to `train` [n, F].
+    """Fit an SVM for each class, and measure its average precision on the test images.
 
-    Its C is that of `costs` with the best mean average precision in three-fold cross-validation on `train`. Difficult
-    pictures are negatives in training and left out in testing. `jobs` processes fit; how many changes nothing. The 20
-    classes of VOC07 at 2,048 features take one core from 25 minutes to an hour, by how many fits converge.
+    Each class uses the C with the best mean average precision in three-fold cross-validation on
+    the training images, then the SVM is fitted to all of them. Images with only difficult objects
+    of a class are negatives in training, and are left out in testing.
 
-    ValueError where a class has too few pictures for the folds, or none to be tested on, and for features that are not
-    finite.
+    The 20 classes of VOC2007 at 2,048 features take one core from 25 minutes to an hour, depending
+    on how many fits converge.
+
+    Args:
+        train: The training images.
+        test: The test images.
+        classes: The names of the C classes.
+        costs: The values of C to choose from.
+        jobs: The number of processes; the result does not depend on it.
+        progress: Called with the number of cross-validations and final fits done, and in all.
+
+    Raises:
+        ValueError: A class has too few training images for the folds or no test image, or a
+            feature is not finite.
     """
-    from sklearn.exceptions import ConvergenceWarning  # here, for it takes a second
-    from sklearn.model_selection import cross_validate
-    from sklearn.svm import LinearSVC
-    from sklearn.utils.parallel import Parallel, delayed
+    _check_images_per_class(train.targets, test.targets, classes)
+    features = _normalised(train.features)
+    test_features = _normalised(test.features)
+    labels = np.where(train.targets.T == 1, 1, -1)  # [C, n]
+    counter = _FitCounter(len(classes) * (len(costs) + 1), progress)
 
-    def svm(cost: float) -> Any:
-        return LinearSVC(
-            C=cost,
-            penalty="l2",
-            loss="squared_hinge",
-            dual=True,
-            tol=1e-4,
-            max_iter=_MOST_ITERATIONS,
-            class_weight={1: 2, -1: 1},
-            random_state=0,
-        )
-
-    _check(train_targets, test_targets, classes)
-    features, test_features = _normalised(train), _normalised(test)
-    labels = np.where(train_targets.T == 1, 1, -1)  # [C, n]
-    total, done, not_converged = len(classes) * (len(costs) + 1), 0, 0
-
-    def finished(fitted: Sequence[Any]) -> None:
-        nonlocal done, not_converged
-        done, not_converged = (
-            done + 1,
-            not_converged + sum(int(one.n_iter_) >= _MOST_ITERATIONS for one in fitted),
-        )
-        progress(done, total)
-
-    # Processes, as threads would share liblinear's random numbers; they import scikit-learn alone, for what they are
-    # told to call is its own.
+    # Processes, since threads would share liblinear's random numbers. They import only
+    # scikit-learn, because the functions they call belong to it.
     workers = Parallel(n_jobs=jobs, return_as="generator")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # experiment.counted instead
-        validations = workers(
-            delayed(cross_validate)(
-                svm(cost),
-                features,
-                own,
-                cv=_FOLDS,
-                scoring="average_precision",
-                return_estimator=True,
-            )
-            for own in labels
-            for cost in costs
-        )
-        scores = []
-        for validation in validations:
-            scores.append(validation["test_score"].mean())
-            finished(validation["estimator"])
-        best = np.reshape(scores, (len(classes), len(costs))).argmax(
-            axis=1
-        )  # [C], the smallest C of equals
-        fits = workers(
-            delayed(svm(costs[i]).fit)(features, own) for i, own in zip(best, labels, strict=True)
+        # Fits that do not converge are counted instead.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        chosen = _choose_costs(workers, features, labels, costs, counter)
+
+        fitted = workers(
+            delayed(_build_svm(cost).fit)(features, class_labels)
+            for cost, class_labels in zip(chosen, labels, strict=True)
         )
         precisions = []
-        for fitted, own in zip(fits, test_targets.T, strict=True):
-            precisions.append(100 * average_precision(own, fitted.decision_function(test_features)))
-            finished([fitted])
-    fits_made = len(classes) * (_FOLDS * len(costs) + 1)
+        for svm, targets in zip(fitted, test.targets.T, strict=True):
+            scores = svm.decision_function(test_features)
+            precisions.append(100 * average_precision(targets, scores))
+            counter.add([svm])
+
     return SvmResult(
-        [costs[i] for i in best], precisions, float(np.mean(precisions)), fits_made, not_converged
+        costs=chosen,
+        average_precisions=precisions,
+        mean_average_precision=float(np.mean(precisions)),
+        fits=len(classes) * (_FOLDS * len(costs) + 1),
+        not_converged=counter.not_converged,
     )
 
 
 def average_precision(targets: Targets, scores: NDArray[np.float64]) -> float:
-    """The area under the interpolated precision-recall curve, of 1, for targets [n] and scores [n]; 0 is left out.
+    """The area under the interpolated precision-recall curve, from 0 to 1.
 
-    Each recall has the best precision at that recall or a higher one. Equal scores are accepted together: the result
-    does not depend on the order of the samples.
+    The precision at each recall is the best precision at that recall or a higher one. Images with
+    equal scores are accepted together, so the result does not depend on the order of the images.
+
+    Args:
+        targets: [n]; images with target 0 are left out.
+        scores: [n]
     """
-    targets, scores = targets[targets != 0], scores[targets != 0]
+    counted = targets != 0
+    targets = targets[counted]
+    scores = scores[counted]
     order = np.argsort(-scores)
-    last = np.flatnonzero(
-        np.append(np.diff(scores[order]) != 0, True)
-    )  # of each group of equal scores
+    is_last_of_equals = np.append(np.diff(scores[order]) != 0, True)
+    last = np.flatnonzero(is_last_of_equals)
     hits = np.cumsum(targets[order] == 1)[last]
-    precision = np.maximum.accumulate((hits / (last + 1))[::-1])[::-1]
-    return float(np.diff(hits / hits[-1], prepend=0) @ precision)
+    precision = hits / (last + 1)
+    best_precision = np.maximum.accumulate(precision[::-1])[::-1]
+    recall_steps = np.diff(hits / hits[-1], prepend=0)
+    return float(recall_steps @ best_precision)
+
+
+class _FitCounter:
+    """Reports the progress, and counts the fits that have not converged."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
+        self.not_converged = 0
+        self._done = 0
+        self._total = total
+        self._progress = progress
+
+    def add(self, svms: Iterable[Any]) -> None:
+        """Count one step of the work, in which these SVMs were fitted."""
+        self.not_converged += sum(int(svm.n_iter_) >= _MAX_ITERATIONS for svm in svms)
+        self._done += 1
+        self._progress(self._done, self._total)
+
+
+def _build_svm(cost: float) -> LinearSVC:
+    return LinearSVC(
+        C=cost,
+        penalty="l2",
+        loss="squared_hinge",
+        dual=True,
+        tol=1e-4,
+        max_iter=_MAX_ITERATIONS,
+        class_weight={1: 2, -1: 1},
+        random_state=0,
+    )
+
+
+def _choose_costs(
+    workers: Parallel,
+    features: NDArray[np.float64],
+    labels: NDArray[np.int_],
+    costs: Sequence[float],
+    counter: _FitCounter,
+) -> list[float]:
+    """The C of each class with the best cross-validated average precision; the lowest of equals."""
+    validations = workers(
+        delayed(cross_validate)(
+            _build_svm(cost),
+            features,
+            class_labels,
+            cv=_FOLDS,
+            scoring="average_precision",
+            return_estimator=True,
+        )
+        for class_labels in labels
+        for cost in costs
+    )
+    scores = []
+    for validation in validations:
+        scores.append(validation["test_score"].mean())
+        counter.add(validation["estimator"])
+    best = np.reshape(scores, (len(labels), len(costs))).argmax(axis=1)  # [C]
+    return [costs[i] for i in best]
 
 
 def _normalised(features: Tensor) -> NDArray[np.float64]:
     numbers = features.double().cpu().numpy()
     if not np.isfinite(numbers).all():
         raise ValueError(
-            "the features are not all finite: the weights, or the precision they were computed in, are bad"
+            "the features are not all finite: check the weights, and the precision in which the "
+            "features were computed"
         )
-    return numbers / (
-        np.linalg.norm(numbers, axis=1, keepdims=True) + 1e-5
-    )  # VISSL's; an image may have none
+    lengths = np.linalg.norm(numbers, axis=1, keepdims=True)
+    return numbers / (lengths + 1e-5)  # VISSL's constant; an image may have no feature above 0
 
 
-def _check(train_targets: Targets, test_targets: Targets, classes: Sequence[str]) -> None:
+def _check_images_per_class(
+    train_targets: Targets, test_targets: Targets, classes: Sequence[str]
+) -> None:
     for name, train, test in zip(classes, train_targets.T, test_targets.T, strict=True):
-        for what, count in (
-            ("with", int((train == 1).sum())),
-            ("without", int((train != 1).sum())),
-        ):
+        positives = int((train == 1).sum())
+        negatives = len(train) - positives
+        for count, relation in ((positives, "with"), (negatives, "without")):
             if count < _FOLDS:
                 raise ValueError(
-                    f"{count} training pictures are {what} {name}: {_FOLDS} folds need {_FOLDS}, add some"
+                    f"{count} training images are {relation} {name}: cross-validation in {_FOLDS} "
+                    f"folds needs at least {_FOLDS}, add some"
                 )
         if not (test == 1).any():
             raise ValueError(
-                f"no test picture has {name}: its average precision is undefined. Add one, or test others"
+                f"no test image shows {name}: its average precision is undefined. Add one, or use "
+                "other test images"
             )
