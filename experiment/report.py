@@ -143,7 +143,7 @@ def _health(findings: list[Finding]) -> str:
         for severity, title, text in findings
     ]
     return (
-        f'<section class="verdict"><h2 class="{worst}">{_HEADLINES[worst]}</h2>'
+        f'<section class="findings"><h2 class="{worst}">{_HEADLINES[worst]}</h2>'
         f"<ul>{''.join(items)}</ul></section>"
     )
 
