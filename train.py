@@ -53,18 +53,12 @@ def main(preset: str, config: Pretrain, console: Console) -> int:
         return pretrain(preset, config, run, console, cleanup)
 
 
-def pretrain(preset: str, config: Pretrain, run: Path, console: Console, cleanup: ExitStack) -> int:
-    """Train from images to exported weights, on each rank that torchrun has started.
+def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which it happens
+    preset: str, config: Pretrain, run: Path, console: Console, cleanup: ExitStack
+) -> int:
+    """Train from images to exported weights, on every rank; return the exit status.
 
-    Args:
-        preset: Name of the configuration, for the record.
-        config: The configuration, checked.
-        run: Folder of the run.
-        console: Prints on rank 0.
-        cleanup: Closes what is opened here, in reverse order, however the run ends.
-
-    Returns:
-        The exit status.
+    `cleanup` closes what is opened here, in reverse order, however the run ends.
     """
     with console.progress("loading torch"):
         import torch
@@ -93,16 +87,9 @@ def pretrain(preset: str, config: Pretrain, run: Path, console: Console, cleanup
         network.backbone.recompute_activations()
     forward = model.compile_and_wrap(device, network, compile_mode)
 
-    devices = pipeline.describe_device(device)
-    if distributed.size > 1:
-        devices = f"{distributed.size} x {devices}"
-    console.print(
-        f"{devices}, {str(amp_dtype).removeprefix('torch.')}, {compilation}; "
-        f"decoder {loader.decoder.name} ({loader.decoder.why}) with {loader.threads} threads\n"
-        f"{len(loader.store):,} images, {steps:,} steps of {config.optim.batch_size}; "
-        f"{config.model.backbone} of width {config.model.width} at {config.data.size} px, "
-        f"{sum(p.numel() for p in network.parameters()):,} parameters"
-    )
+    devices = name_devices(device, distributed)
+    console.print(f"{devices}, {str(amp_dtype).removeprefix('torch.')}, {compilation}")
+    console.print(describe_run(config, loader, network))
 
     # --- Optimizer --------------------------------------------------------------------------------
     optimizer = model.LARS(
@@ -271,7 +258,7 @@ def pretrain(preset: str, config: Pretrain, run: Path, console: Console, cleanup
 def open_data(
     preset: str, config: Pretrain, distributed: Distributed, device: torch.device, console: Console
 ) -> tuple[Loader, HeldOutEvaluation | None]:
-    """The loader of the training images, and the test on held-out ones (None if they have no labels)."""
+    """The loader of the training images, and the test on held-out ones (None without labels)."""
     import pipeline
 
     train_store, test_store = distributed.from_rank0(lambda: open_stores(preset, config, console))
@@ -303,6 +290,27 @@ def open_data(
     return loader, HeldOutEvaluation(train_store, test_store, open_test_loader, console)
 
 
+def name_devices(device: torch.device, distributed: Distributed) -> str:
+    """The device of this rank, and how many there are."""
+    import pipeline
+
+    name = pipeline.describe_device(device)
+    return name if distributed.size == 1 else f"{distributed.size} x {name}"
+
+
+def describe_run(config: Pretrain, loader: Loader, network: BarlowTwins) -> str:
+    """The decoder, the amount of data, and the network, in two lines."""
+    decoder = loader.decoder
+    steps = config.optim.epochs * len(loader)
+    parameters = sum(p.numel() for p in network.parameters())
+    return (
+        f"decoder {decoder.name} ({decoder.why}) with {loader.threads} threads\n"
+        f"{len(loader.store):,} images, {steps:,} steps of {config.optim.batch_size}; "
+        f"{config.model.backbone} of width {config.model.width} at {config.data.size} px, "
+        f"{parameters:,} parameters"
+    )
+
+
 def build_network(config: Pretrain, device: torch.device, one_pass: bool = False) -> BarlowTwins:
     """The network with the random weights that the seed gives, channels-last on the device."""
     import torch
@@ -317,7 +325,10 @@ def build_network(config: Pretrain, device: torch.device, one_pass: bool = False
 def knn_scores(
     held_out: HeldOutEvaluation | None, untrained: BarlowTwins, trained: BarlowTwins
 ) -> dict[str, float | None]:
-    """kNN accuracies of the network before and after training, and of plain image features; None if not measured."""
+    """kNN accuracies of the network before and after training, and of plain image features.
+
+    None if there are no held-out images.
+    """
     import evaluation
 
     features = {

@@ -10,7 +10,8 @@ class CheckpointSchedule:
 
     Args:
         minutes: Between two checkpoints.
-        milestone_epochs: Epochs between two checkpoints that are kept for good; None for no such checkpoints.
+        milestone_epochs: Epochs between two checkpoints that are kept for good; None for no such
+            checkpoints.
         steps_per_epoch: Steps per epoch.
     """
 
@@ -21,7 +22,9 @@ class CheckpointSchedule:
             self.milestone_steps = milestone_epochs * steps_per_epoch
 
     def is_due(self, step: int, saved_at: float) -> bool:
-        """Whether to save after `step` (from 0), if the last checkpoint was saved at the `time.monotonic()` `saved_at`."""
+        """Whether to save after `step` (from 0), if the last checkpoint was saved at the
+        `time.monotonic()` `saved_at`.
+        """
         if time.monotonic() - saved_at > self._seconds:
             return True
         return self.milestone_steps is not None and (step + 1) % self.milestone_steps == 0

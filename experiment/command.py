@@ -17,15 +17,15 @@ _USAGE_ERROR = 2  # exit status of a wrong command line
 
 
 def is_rank0() -> bool:
-    """Whether this process is rank 0 of those that torchrun has started: only rank 0 logs and writes."""
+    """Whether this process is rank 0 of those that torchrun has started. Only rank 0 logs."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def set_thread_environment() -> None:
     """Settings of torch's CPU threads and memory. Call it before torch is imported.
 
-    Threads must not spin while they wait, since the decoding threads need those cores. Views lie in huge pages. Both
-    were measured (bench/NOTES.md).
+    Threads must not spin while they wait, since the decoding threads need those cores. Views lie in
+    huge pages. Both were measured (bench/NOTES.md).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -34,12 +34,13 @@ def set_thread_environment() -> None:
 def run_command(main: Callable[[Console], int]) -> int:
     """Run `main` and return its exit status; print what fails in one line on the standard error.
 
-    Among several ranks only the first that fails prints the reason. With TWINFEED_TRACEBACK set, exceptions are raised.
+    Among several ranks only the first that fails prints the reason. With TWINFEED_TRACEBACK set,
+    exceptions are raised.
     """
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     if not several:
-        # Until there is something to save. Among several ranks, torchrun sends SIGTERM to the others where one has
-        # failed, and that is no reason to be started again.
+        # Until there is something to save. Among several ranks, torchrun sends SIGTERM to the
+        # others where one has failed, and that is no reason to be started again.
         exit_on_preemption()
     console = Console()
     console.quiet = not is_rank0()
@@ -59,7 +60,8 @@ def run_command(main: Callable[[Console], int]) -> int:
         return INTERRUPTED
     except SystemExit as end:
         if end.code == _USAGE_ERROR and not is_rank0():
-            # Rank 0 still has to print what is wrong; torchrun ends all ranks as soon as one has ended.
+            # Rank 0 still has to print what is wrong; torchrun ends all ranks as soon as one has
+            # ended.
             time.sleep(10)
         raise
     finally:
@@ -67,7 +69,9 @@ def run_command(main: Callable[[Console], int]) -> int:
 
 
 def explain(error: Exception) -> str:
-    """What ended the program and what helps, in one line; then the last note on the exception (see `StepGuard`)."""
+    """What ended the program and what helps, in one line; then the last note on the exception (see
+    `StepGuard`).
+    """
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
         text = f"out of memory: {text or 'on the host'}; free some, or use a smaller --batch-size"

@@ -1,4 +1,6 @@
-"""What a command prints: messages, tables and live progress bars, or plain lines where there is no terminal."""
+"""What a command prints: messages, tables and live progress bars, or plain lines where there is no
+terminal.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,8 @@ class Console:
         self.rich.print(text, markup=False)
 
     def print_rejects(self, what: str, rejects: dict[str, str], printed: int = 0) -> int:
-        """Print a line for each image that cannot be used, the first ten of them; return their number.
+        """Print a line for each image that cannot be used, the first ten of them; return their
+        number.
 
         Each rank finds its own bad images, so this is printed even where the console is quiet.
 
@@ -102,7 +105,9 @@ class Console:
 
     @contextmanager
     def progress(self, description: str) -> Iterator[ProgressBar]:
-        """Show a progress bar within the block; call it with (done, total) or (done, total, status)."""
+        """Show a progress bar within the block; call it with (done, total) or (done, total,
+        status).
+        """
         task = self._bars.add_task(description, total=None, status="")
         try:
             yield ProgressBar(self, self._bars, task, description)
@@ -153,7 +158,10 @@ class _RichConsole(rich.console.Console):
 
 
 class _ProgressWithStatus(Progress):
-    """Progress bars with the status of each below them: side by side they are too wide for many terminals."""
+    """Progress bars with the status of each below them.
+
+    Side by side they are too wide for many terminals.
+    """
 
     def get_renderables(self) -> Iterator[rich.console.RenderableType]:
         yield self.make_tasks_table(self.tasks)

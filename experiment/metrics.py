@@ -1,4 +1,6 @@
-"""The numbers that a run logs: `metrics.jsonl`, and TensorBoard's event files where tensorboard is installed."""
+"""The numbers that a run logs: `metrics.jsonl`, and TensorBoard's event files where tensorboard is
+installed.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,13 @@ from .files import finite, write_text
 class Metrics:
     """Writes `metrics.jsonl`: one JSON object per line for each logged step.
 
-    If tensorboard is installed, the numbers are also written as events into the folder `tensorboard` beside the file.
-    Use it as a context manager.
+    If tensorboard is installed, the numbers are also written as events into the folder
+    `tensorboard` beside the file. Use it as a context manager.
 
     Args:
         path: The file.
-        step: First step of this run. A resumed run keeps the lines of earlier steps; a new one starts an empty file.
+        step: First step of this run. A resumed run keeps the lines of earlier steps; a new one
+            starts an empty file.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -50,7 +53,10 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without a last one that a killed run left incomplete; [] if there is no file."""
+    """The lines of a `metrics.jsonl`; [] if there is no file.
+
+    An incomplete last line, which a killed run leaves, is ignored.
+    """
     if not path.exists():
         return []
     lines = []
@@ -65,9 +71,12 @@ def _line(values: dict[str, Any]) -> str:
 
 
 def _event_writer(folder: Path, step: int, files: ExitStack) -> Callable[..., None]:
-    """A function that writes the fields of a TensorBoard event; it does nothing if tensorboard is not installed.
+    """A function that writes the fields of a TensorBoard event.
 
-    torch's SummaryWriter is not used: it starts a thread, and imports tensorflow if that is installed, which takes 15 s.
+    It does nothing if tensorboard is not installed.
+
+    torch's SummaryWriter is not used: it starts a thread, and imports tensorflow if that is
+    installed, which takes 15 s.
     """
     try:
         from tensorboard.compat.proto.event_pb2 import Event

@@ -1,4 +1,4 @@
-"""The folder of a run: checked, claimed, described, and what a run that uses it again starts from."""
+"""The folder of a run: checked, claimed and described; and the state that a run starts from."""
 
 from __future__ import annotations
 
@@ -49,14 +49,15 @@ def restore(
 ) -> State | None:
     """The state that the run continues from, on every rank; None if it starts from nothing.
 
-    Rank 0 chooses the file and checks it. The other ranks read the same file themselves; only if one of them cannot
-    (another machine without a shared file system), the state is sent to all of them, which takes longer.
+    Rank 0 chooses the file and checks it. The other ranks read the same file themselves; only if
+    one of them cannot (another machine without a shared file system), the state is sent to all of
+    them, which takes longer.
 
     Of a new run, the folder is empty afterwards.
 
     Raises:
-        ValueError: If there is nothing to resume, if the configuration is not the saved one and --accept-changes is
-            not given, or if a file to continue from does not fit.
+        ValueError: If there is nothing to resume, if the configuration is not the saved one and
+            --accept-changes is not given, or if a file to continue from does not fit.
     """
     state: State | None = None
     path: Path | None = None
@@ -82,7 +83,7 @@ def _choose_start(
     settings: dict[str, Any],
     console: Console,
 ) -> tuple[State | None, Path | None]:
-    """The state to start from and the file that it comes from, (None, None) for neither; on rank 0."""
+    """The state to start from, and the file that it comes from; (None, None) to start anew."""
     from model import configuration_changes, continue_from
 
     can_resume = any(folder.glob("checkpoint*.pt"))
@@ -103,8 +104,8 @@ def _choose_start(
     changes = configuration_changes(state.get("settings", {}), settings)
     if changes and not config.accept_changes:
         raise ValueError(
-            f"{checkpoints.path} has another configuration: resume it with its own, or use the new one from here on "
-            f"with --accept-changes: {'; '.join(changes)}"
+            f"{checkpoints.path} has another configuration: resume it with its own, or use the "
+            f"new one from here on with --accept-changes: {'; '.join(changes)}"
         )
     for change in changes:
         console.print(f"from here on, {change}")
@@ -114,7 +115,8 @@ def _choose_start(
 def _read_copy(
     path: Path, digest: str | None, config: RunConfig, settings: dict[str, Any]
 ) -> State | None:
-    """What this rank reads from the file that rank 0 has chosen; None if it is not the same file here."""
+    """The state in the file that rank 0 has chosen; None if this rank has no such file.
+    """
     from model import continue_from, load_checkpoint
 
     try:
@@ -133,7 +135,10 @@ def _digest(path: Path) -> str:
 
 
 def make_room(folder: Path) -> Path | None:
-    """Empty `folder` for a new run. An earlier run moves to `folder`.1, .2, ...; that path is returned."""
+    """Empty `folder` for a new run.
+
+    An earlier run moves to `folder`.1, .2, ...; that path is returned.
+    """
     folder = folder.absolute()
     moved = None
     if (folder / "config.json").exists():
@@ -175,7 +180,9 @@ def describe(
 
 @contextmanager
 def preemptible(folder: Path) -> Iterator[None]:
-    """A block in which SIGTERM may end the process: the folder then gets its `preempted` file, and loses an old one."""
+    """A block in which SIGTERM may end the process: the folder then gets its `preempted` file, and
+    loses an old one.
+    """
     (folder / "preempted").unlink(missing_ok=True)
     try:
         yield
@@ -186,7 +193,9 @@ def preemptible(folder: Path) -> Iterator[None]:
 
 
 def mark_preempted(folder: Path) -> None:
-    """Create the file `preempted`: torchrun turns every exit status into 1, so a scheduler looks for this file."""
+    """Create the file `preempted`: torchrun turns every exit status into 1, so a scheduler looks
+    for this file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "preempted").touch()
 
@@ -194,7 +203,8 @@ def mark_preempted(folder: Path) -> None:
 def stopped(folder: Path, status: int, is_rank0: bool) -> int:
     """The exit status of a run that a signal has stopped, and that has saved.
 
-    Ranks other than 0 exit with 0: if they failed, torchrun would kill rank 0 while it may still be saving.
+    Ranks other than 0 exit with 0: if they failed, torchrun would kill rank 0 while it may still be
+    saving.
 
     Args:
         folder: Of the run.

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 INTERRUPTED = 130
 """Exit status of a run that Ctrl-C has stopped, and that has saved."""
 PREEMPTED = 75
-"""Exit status of a run that SIGTERM or SIGUSR1 has stopped, and that has saved: EX_TEMPFAIL, try again later."""
+"""Exit status of a run that SIGTERM or SIGUSR1 has stopped, and that has saved: EX_TEMPFAIL, try
+again later.
+"""
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _SECONDS_UNTIL_SECOND = 1.0
@@ -19,11 +21,12 @@ _SECONDS_UNTIL_SECOND = 1.0
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Within the block, Ctrl-C, SIGTERM and SIGUSR1 only ask the run to stop after the current step.
+    """Within the block, Ctrl-C, SIGTERM and SIGUSR1 only ask the run to stop after the current
+    step.
 
-    Yields a function that returns the exit status of the run, or 0 if no signal has arrived. A second Ctrl-C stops at
-    once, unless it arrives within a second: torchrun passes on what the terminal has sent to all of its processes
-    already.
+    Yields a function that returns the exit status of the run, or 0 if no signal has arrived. A
+    second Ctrl-C stops at once, unless it arrives within a second: torchrun passes on what the
+    terminal has sent to all of its processes already.
     """
     status, asked_at = 0, 0.0
 

@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 
 class ThroughputMeter:
-    """Counts batches and the time spent waiting for them, over the whole run and since the last reading.
+    """Counts batches and the time spent waiting for them, over the whole run and since the last
+    reading.
 
     Args:
         batch_size: Images per batch, on all ranks together.

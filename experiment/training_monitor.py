@@ -1,4 +1,6 @@
-"""What a run observes about itself while it trains: throughput, readings, collapse, divergence and bad images."""
+"""What a run observes about itself while it trains: throughput, readings, collapse, divergence and
+bad images.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _MOST_SKIPPED_IN_A_ROW = 16  # as often as float16's first loss scale can halve 
 
 @dataclass
 class Progress:
-    """How far a run is, and what it has observed: the part of a checkpoint that is not weights or settings."""
+    """How far a run is, and what it has observed: the part of a checkpoint that is not weights or
+    settings.
+    """
 
     step: int = 0
     """Completed steps."""
@@ -46,7 +50,9 @@ class Progress:
 
     @classmethod
     def from_checkpoint(cls, saved: Mapping[str, Any] | None) -> Progress:
-        """The progress that a checkpoint holds; of a run that starts from nothing if `saved` is None."""
+        """The progress that a checkpoint holds; of a run that starts from nothing if `saved` is
+        None.
+        """
         if saved is None:
             return cls()
         return cls(
@@ -64,7 +70,8 @@ class TrainingMonitor:
     Args:
         console: Where warnings and bad images are printed.
         metrics: Where the numbers are written.
-        loader: The loader of the training images; `loader.bad` has the images that cannot be decoded.
+        loader: The loader of the training images; `loader.bad` has the images that cannot be
+            decoded.
         meter: The throughput so far.
         collapse: Detects features that collapse.
         progress: What the run had observed before it was resumed.
@@ -132,13 +139,10 @@ class TrainingMonitor:
 
     def divergence(self, step: int) -> str:
         """Why a run that has diverged ends, and what helps."""
-        skipped = (
-            f", the last of {self.skipped_in_a_row} steps in a row that were skipped because their gradients were not "
-            "finite"
-        )
         return (
-            f"the loss is {self.readings['loss']} at step {step}{skipped}: try a lower --lr. checkpoint.pt is from "
-            "before that"
+            f"the loss is {self.readings['loss']} at step {step}, the last of "
+            f"{self.skipped_in_a_row} steps in a row that were skipped because their gradients "
+            "were not finite: try a lower --lr. checkpoint.pt is from before that"
         )
 
     def print_bad_images(self) -> None:
@@ -161,7 +165,8 @@ class TrainingMonitor:
         return (
             f"loss {values['loss']:.4g} (invariance {values['invariance']:.4g}, "
             f"redundancy {values['redundancy']:.4g}), diagonal {values['diagonal_mean']:.2f}, "
-            f"off-diagonal {values['off_diagonal_rms']:.3f}, {values['images_per_s']:.0f} images/s, "
+            f"off-diagonal {values['off_diagonal_rms']:.3f}, "
+            f"{values['images_per_s']:.0f} images/s, "
             f"data wait {values['data_wait_fraction']:.0%}"
         )
 
