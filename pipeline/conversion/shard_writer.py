@@ -1,6 +1,7 @@
-"""One file of a conversion: images made ready in threads, appended in order, and told of in a journal.
+"""Writes one shard: images are prepared in threads, appended in order, and entered in a journal.
 
-The journal says where a file that was not finished can be continued: every byte of it follows from the `Plan`.
+Every byte of a shard follows from the plan, so that one that was not finished can be continued at
+the point where its journal ends.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,281 +22,344 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formats import FORMATS
-from ..formats.index import ROW, sidecar_path
+from ..formats import FORMATS, EncodedSample
+from ..formats.index import sidecar_path
 from ..images import BadImage
 from ..order import Samples
-from ..stores import shuffled
-from .jpeg_encoding import Jpeg, as_jpeg
-from .sources import Source
+from .jpeg_encoding import StandardJpeg, to_standard_jpeg
+from .journal import (
+    REJECTED,
+    ConversionProgress,
+    JournalRow,
+    count_rejects,
+    index_rows,
+    journal_array,
+    parse_journal,
+    progress_of,
+    read_journal,
+)
+from .plan import Plan
+from .source_types import Source
+from .work_folder import WorkFolder
 
-_JOURNAL = np.dtype(
-    [*ROW.descr, ("end", "<i8"), ("source", "<i8"), ("done", "S32")]
-)  # `end` of the record in the file
-Framed = tuple[bytes, bytes]  # what stands before and after an image
-REJECTED = b"rejected"  # what was done to an image that is not there
-_TOGETHER = (
-    1 << 20
-)  # bytes of images that a thread takes at a time: each hand-over costs as much as a small image
+_CHUNK_BYTES = 1 << 20  # that a thread prepares at a time: a hand-over costs as much as a small image
+_LARGEST_CHUNK = 64  # images
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What decides the bytes of a conversion."""
+class ShardTask:
+    """One shard to write."""
 
-    source: str
-    identity: str  # see `Source`
-    images: int
-    format: str
-    shards: int
-    seed: int
-    max_side: int | None
-    short_side: int | None
-    quality: int | None
-    validate: bool
-
-    def files(self, target: Path) -> list[str]:
-        """The names of the files of the result."""
-        if not FORMATS[self.format].SHARDED:
-            return [target.name]
-        of = f"-of-{self.shards:05d}" if self.format == "tfrecord" else ""
-        return [
-            f"shard-{shard:05d}{of}{FORMATS[self.format].SUFFIX}" for shard in range(self.shards)
-        ]
-
-    def positions(self, shard: int) -> tuple[int, Samples]:
-        """The first position of a shard in the data set, and the numbers in the source of what lies there."""
-        first, last = (self.images * edge // self.shards for edge in (shard, shard + 1))
-        return first, self.order()[first:last]
-
-    def order(self) -> Samples:
-        """Which image of the source lies where, were none of them bad."""
-        return _order(self.images, self.seed)
+    plan: Plan
+    shard: int  # its number
+    name: str  # of its file
+    folder: WorkFolder
+    strict: bool  # whether a bad image raises ValueError
 
 
-class ConversionProgress(NamedTuple):
-    """How far a conversion is."""
+class PreparedImage(NamedTuple):
+    """An image as it is written, or why it is left out."""
 
-    images: int = 0  # done, rejects among them
-    rejects: int = 0
-    bytes: int = 0
+    number: int  # in the source
+    jpeg: StandardJpeg | None
+    checksum: int = 0  # CRC-32C of the JPEG
+    reason: str = ""  # why it is left out
 
 
-def prepare(source: Source, number: int, plan: Plan) -> Jpeg | str:
-    """An image as it is to be written, or why it is left out: a pure function of its arguments.
+def prepare_image(source: Source, number: int, plan: Plan) -> PreparedImage:
+    """An image as it is written: a pure function of its arguments.
 
-    OSError where it is not the image that is out of reach, but the source.
+    Raises:
+        OSError: The source as a whole is out of reach.
     """
     try:
-        return as_jpeg(
+        jpeg = to_standard_jpeg(
             source.read(number), plan.max_side, plan.short_side, plan.quality, plan.validate
         )
     except BadImage as error:
-        return str(error)
+        return PreparedImage(number, None, reason=str(error))
+    return PreparedImage(number, jpeg, google_crc32c.value(jpeg.data))
 
 
-def write_file(
-    plan: Plan,
+def write_shard(
+    task: ShardTask,
     source: Source,
-    shard: int,
-    final: Path,
-    strict: bool,
     pool: Executor,
-    ahead: int,
-    wrote: Callable[[ConversionProgress], None],
+    chunks_ahead: int,
+    on_progress: Callable[[ConversionProgress], None],
 ) -> None:
-    """Writes one file of the result, from where its journal ends."""
-    format, (first, numbers) = FORMATS[plan.format], plan.positions(shard)
-    growing, journal_path, rejects_path = work_files(final)
-    if final.exists():
-        return wrote(_count(read_journal(journal_path)))
+    """Write a shard, or what is missing of it.
 
-    def frame(
-        at: int, position: int, number: int, height: int, width: int, image: bytes, checksum: int
-    ) -> Framed:
-        name, label = source.name(number), int(source.labels[number])
-        return format.frame(at, first + position, name, label, height, width, image, checksum)
+    Args:
+        task: The shard.
+        source: The images.
+        pool: Its threads prepare the images.
+        chunks_ahead: How many chunks of images the pool works on at a time.
+        on_progress: Called with what is done since the last call; first with what an earlier
+            conversion has done.
 
-    with _grown(growing) as file, _grown(journal_path) as journal, _grown(rejects_path) as rejects:
+    Raises:
+        ValueError: An image is bad, if `task.strict`; or another process writes this shard.
+    """
+    files = task.folder.shard_files(task.name)
+    if files.finished.exists():
+        on_progress(progress_of(read_journal(files.journal)))
+        return
+    with _open_shard(task, source) as shard:
+        on_progress(progress_of(shard.journal))
+        missing = shard.numbers[len(shard.journal) :]
+        for chunk in prepare_chunks(task.plan, source, missing, pool, chunks_ahead):
+            on_progress(progress_of(shard.append(chunk)))
+        shard.finish()
+
+
+def prepare_chunks(
+    plan: Plan, source: Source, numbers: Samples, pool: Executor, chunks_ahead: int
+) -> Iterator[list[PreparedImage]]:
+    """The images with these numbers in the source, in order, in chunks that the pool prepares.
+
+    The first chunks are of one image each: until their size is known, they may be of 20 MB.
+    """
+
+    def prepare(numbers: Samples) -> list[PreparedImage]:
+        return [prepare_image(source, int(number), plan) for number in numbers]
+
+    waiting: deque[Future[list[PreparedImage]]] = deque()
+    submitted = 0
+    mean_bytes = float(_CHUNK_BYTES)  # of an image: a moving average
+    while submitted < len(numbers) or waiting:
+        while submitted < len(numbers) and len(waiting) < chunks_ahead:
+            images = int(np.clip(_CHUNK_BYTES / mean_bytes, 1, _LARGEST_CHUNK))
+            waiting.append(pool.submit(prepare, numbers[submitted : submitted + images]))
+            submitted += images
+        chunk = waiting.popleft().result()
+        chunk_bytes = sum(len(image.jpeg.data) for image in chunk if image.jpeg is not None)
+        mean_bytes = (mean_bytes + chunk_bytes / len(chunk)) / 2
+        yield chunk
+
+
+@contextmanager
+def _open_shard(task: ShardTask, source: Source) -> Iterator[_UnfinishedShard]:
+    """Open the files of a shard, and cut off what its journal does not cover.
+
+    Raises:
+        ValueError: Another process writes this shard.
+    """
+    paths = task.folder.shard_files(task.name)
+    with ExitStack() as opened:
+        file, journal, rejects = (
+            opened.enter_context(_open_unbuffered(path))
+            for path in (paths.unfinished, paths.journal, paths.rejects)
+        )
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # a worker of a cluster outlives the command that it works for
             raise ValueError(
-                f"{final.name} is being written, for a command that was ended: wait for it"
+                f"{task.name} is still being written for an earlier command: wait for it"
             ) from None
-        done = _recover(file, journal, rejects, len(format.begin(len(numbers))), frame)
-        parts, position, end = [done], len(done), int(done["end"][-1]) if len(done) else 0
-        wrote(_count(done))
-        if not position:
-            end = _append(file, [format.begin(len(numbers))])
-        for chunk in _prepared(plan, source, numbers[position:], pool, ahead):
-            data: list[bytes] = []
-            rows: list[tuple[Any, ...]] = []
-            reasons: list[bytes] = []
-            for number, image, checksum in chunk:
-                if isinstance(image, str):
-                    name = source.name(number)
-                    if strict:
-                        raise ValueError(f"{name}: {image}")
-                    reasons.append(json_line({"source": number, "name": name, "reason": image}))
-                    rows.append((-1, 0, 0, shard, 0, 0, 0, end, number, REJECTED))
-                    continue
-                size = image.height, image.width
-                before, after = frame(
-                    end, position + len(rows), number, *size, image.data, checksum
-                )
-                data += (before, image.data, after)
-                at, end = end + len(before), end + len(before) + len(image.data) + len(after)
-                label = int(source.labels[number])
-                rows.append(
-                    (
-                        label,
-                        *size,
-                        shard,
-                        at,
-                        len(image.data),
-                        checksum,
-                        end,
-                        number,
-                        image.done.encode(),
-                    )
-                )
-            parts.append(np.array(rows, dtype=_JOURNAL))
-            position += len(rows)
-            _append(file, data)
-            _append(rejects, reasons)
-            _append(journal, [parts[-1].tobytes()])  # last: what it tells of is there
-            wrote(_count(parts[-1]))
-        for told in (journal, rejects):
-            os.fsync(told.fileno())  # before the file has its name, which says that they are whole
-        index = index_rows(np.concatenate(parts))
-        with open(growing, "r+b") as whole:
-            whole.seek(0, os.SEEK_END)
-            format.finish(whole, index)
-            whole.flush()
-            os.fsync(whole.fileno())
-        sidecar = format.scan(growing).sidecar if len(index) else ""  # reads what was written, too
-        if sidecar:
-            sidecar_path(final).write_text(sidecar)
-        os.replace(growing, final)
+        yield _UnfinishedShard(task, source, file, journal, rejects)
 
 
-def _prepared(
-    plan: Plan, source: Source, numbers: Samples, pool: Executor, ahead: int
-) -> Iterator[list[tuple[int, Jpeg | str, int]]]:
-    """Chunks of (number in the source, image, its checksum), in order; `ahead` of them at a time in the pool."""
+class _UnfinishedShard:
+    """The open files of a shard: its records, its journal, and the reasons of its rejects.
 
-    def some(numbers: Samples) -> list[tuple[int, Jpeg | str, int]]:
-        images = [(int(number), prepare(source, int(number), plan)) for number in numbers]
-        return [
-            (n, image, 0 if isinstance(image, str) else google_crc32c.value(image.data))
-            for n, image in images
-        ]
-
-    waiting: deque[Future[list[tuple[int, Jpeg | str, int]]]] = deque()
-    at, mean = 0, float(_TOGETHER)  # one by one until their size is known: they may be of 20 MB
-    while at < len(numbers) or waiting:
-        while at < len(numbers) and len(waiting) < ahead:
-            together = int(np.clip(_TOGETHER / mean, 1, 64))
-            waiting.append(pool.submit(some, numbers[at : at + together]))
-            at += together
-        chunk = waiting.popleft().result()
-        mean = (
-            mean
-            + sum(len(image.data) for _, image, _ in chunk if not isinstance(image, str))
-            / len(chunk)
-        ) / 2
-        yield chunk
-
-
-def _recover(
-    file: FileIO, journal: FileIO, rejects: FileIO, begins: int, frame: Callable[..., Framed]
-) -> NDArray[Any]:
-    """The journal as far as the others have what it tells of; all three are cut off there, and stand at their ends.
-
-    begins: where the first record does; frame: makes what stands around an image, of which it has to be the same.
+    Attributes:
+        numbers: The numbers in the source of its images.
+        journal: The rows that were there when it was opened.
     """
-    told, lines = journal.read(), rejects.read().splitlines(keepends=True)
-    rows = np.frombuffer(told[: len(told) // _JOURNAL.itemsize * _JOURNAL.itemsize], dtype=_JOURNAL)
-    kept, rejected, at = 0, 0, begins
-    for row in rows:
-        if row["done"] == REJECTED:
-            rejected += 1
-            if rejected > len(lines):
-                break
+
+    def __init__(
+        self, task: ShardTask, source: Source, file: FileIO, journal: FileIO, rejects: FileIO
+    ) -> None:
+        self._task = task
+        self._source = source
+        self._format = FORMATS[task.plan.format]
+        self._file = file
+        self._journal_file = journal
+        self._rejects_file = rejects
+
+        self._first_position, self.numbers = task.plan.shard_images(task.shard)
+        header = self._format.begin(len(self.numbers))
+        self.journal = self._recover(len(header))
+        self._journal_parts = [self.journal]
+        self._position = len(self.journal)  # in this shard
+        if self._position:
+            self._end = int(self.journal["end"][-1])  # of the last record in the file
         else:
-            file.seek(at)
-            record, start = file.read(max(0, int(row["end"]) - at)), int(row["offset"]) - at
-            image, checksum = record[start : start + int(row["bytes"])], int(row["checksum"])
-            if not row["done"] or google_crc32c.value(image) != checksum:
-                break
-            before, after = frame(
-                at, kept, *(int(row[n]) for n in ("source", "height", "width")), image, checksum
+            _append(file, [header])
+            self._end = len(header)
+
+    def append(self, chunk: list[PreparedImage]) -> NDArray[Any]:
+        """Write a chunk of images; return its rows of the journal."""
+        rows: list[JournalRow] = []
+        records: list[bytes] = []
+        reasons: list[bytes] = []
+        for image in chunk:
+            if image.jpeg is None:
+                reasons.append(self._reject(image))
+                rows.append(self._reject_row(image))
+                continue
+            before, after = self._frame(
+                self._end,
+                self._position + len(rows),
+                image.number,
+                (image.jpeg.height, image.jpeg.width),
+                image.jpeg.data,
+                image.checksum,
             )
-            if record != before + image + after:
-                break
-            at = int(row["end"])
-        kept += 1
-    rows = rows[:kept]
-    for cut, to in (
-        (file, int(rows["end"][-1]) if kept else 0),
-        (journal, kept * _JOURNAL.itemsize),
-        (rejects, sum(map(len, lines[: int((rows["done"] == REJECTED).sum())]))),
-    ):
-        cut.truncate(to)
-        cut.seek(to)
-    return rows
+            records += (before, image.jpeg.data, after)
+            offset = self._end + len(before)
+            self._end = offset + len(image.jpeg.data) + len(after)
+            rows.append(self._row(image, image.jpeg, offset))
+
+        journal = journal_array(rows)
+        self._journal_parts.append(journal)
+        self._position += len(rows)
+        _append(self._file, records)
+        _append(self._rejects_file, reasons)
+        _append(self._journal_file, [journal.tobytes()])  # last: all that it covers is there
+        return journal
+
+    def finish(self) -> None:
+        """Complete the file, and give it its final name."""
+        paths = self._task.folder.shard_files(self._task.name)
+        # The final name says that these two are complete, so they have to be on the disk first.
+        os.fsync(self._journal_file.fileno())
+        os.fsync(self._rejects_file.fileno())
+        rows = index_rows(np.concatenate(self._journal_parts))
+        with open(paths.unfinished, "r+b") as file:
+            file.seek(0, os.SEEK_END)
+            self._format.finish(file, rows)
+            file.flush()
+            os.fsync(file.fileno())
+        if len(rows):
+            sidecar = self._format.scan(paths.unfinished).sidecar  # also reads what was written
+            if sidecar:
+                sidecar_path(paths.finished).write_text(sidecar)
+        os.replace(paths.unfinished, paths.finished)
+
+    def _row(self, image: PreparedImage, jpeg: StandardJpeg, offset: int) -> JournalRow:
+        return JournalRow(
+            label=int(self._source.labels[image.number]),
+            height=jpeg.height,
+            width=jpeg.width,
+            file=self._task.shard,
+            offset=offset,
+            bytes=len(jpeg.data),
+            checksum=image.checksum,
+            end=self._end,
+            source=image.number,
+            treatment=jpeg.treatment.encode(),
+        )
+
+    def _reject_row(self, image: PreparedImage) -> JournalRow:
+        return JournalRow(
+            label=-1,
+            height=0,
+            width=0,
+            file=self._task.shard,
+            offset=0,
+            bytes=0,
+            checksum=0,
+            end=self._end,
+            source=image.number,
+            treatment=REJECTED,
+        )
+
+    def _reject(self, image: PreparedImage) -> bytes:
+        """The line about an image that is left out; ValueError if none may be."""
+        name = self._source.name(image.number)
+        if self._task.strict:
+            raise ValueError(f"{name}: {image.reason}")
+        return reject_line(image.number, name, image.reason)
+
+    def _frame(
+        self,
+        offset: int,
+        position: int,
+        number: int,
+        size: tuple[int, int],
+        image: bytes,
+        checksum: int,
+    ) -> tuple[bytes, bytes]:
+        """The bytes before and after an image in the file."""
+        height, width = size
+        sample = EncodedSample(
+            key=self._first_position + position,
+            name=self._source.name(number),
+            label=int(self._source.labels[number]),
+            height=height,
+            width=width,
+            image=image,
+            checksum=checksum,
+        )
+        return self._format.frame(offset, sample)
+
+    def _recover(self, header_bytes: int) -> NDArray[Any]:
+        """The rows of the journal whose records are intact; all files are cut off after these.
+
+        After a power failure, the journal may cover records that never reached the disk.
+        """
+        rows = parse_journal(self._journal_file.read())
+        reject_lines = self._rejects_file.read().splitlines(keepends=True)
+        intact = 0
+        rejected = 0
+        record_start = header_bytes
+        for row in rows:
+            if row["treatment"] == REJECTED:
+                if rejected == len(reject_lines):
+                    break
+                rejected += 1
+            else:
+                if not self._is_intact(row, intact, record_start):
+                    break
+                record_start = int(row["end"])
+            intact += 1
+        rows = rows[:intact]
+
+        _cut_off(self._file, int(rows["end"][-1]) if intact else 0)
+        _cut_off(self._journal_file, rows.nbytes)
+        kept_lines = reject_lines[: count_rejects(rows)]
+        _cut_off(self._rejects_file, sum(len(line) for line in kept_lines))
+        return rows
+
+    def _is_intact(self, row: Any, position: int, start: int) -> bool:
+        """Whether the file holds the record of a journal row, from byte `start` on."""
+        self._file.seek(start)
+        record = self._file.read(max(0, int(row["end"]) - start))
+        image_start = int(row["offset"]) - start
+        image = record[image_start : image_start + int(row["bytes"])]
+        checksum = int(row["checksum"])
+        if not row["treatment"] or google_crc32c.value(image) != checksum:
+            return False
+        size = (int(row["height"]), int(row["width"]))
+        before, after = self._frame(start, position, int(row["source"]), size, image, checksum)
+        return record == before + image + after
 
 
-def _append(file: FileIO, parts: list[bytes]) -> int:
-    """Writes all of the parts at once; how many bytes that was."""
-    size = sum(map(len, parts))
-    written = os.writev(file.fileno(), parts) if parts else 0
+def reject_line(number: int | None, name: str, reason: str) -> bytes:
+    """A line of `<target>.rejects.jsonl`: number and name in the source, and why it is left out."""
+    return json.dumps({"source": number, "name": name, "reason": reason}).encode() + b"\n"
+
+
+def _append(file: FileIO, parts: list[bytes]) -> None:
+    """Write all of the parts, in one call of the system if it takes them all."""
+    if not parts:
+        return
+    size = sum(len(part) for part in parts)
+    written = os.writev(file.fileno(), parts)
     if written < size:  # a signal, or a disk that is almost full
         rest = memoryview(b"".join(parts))
         while written < size:
             written += os.write(file.fileno(), rest[written:])
-    return size
 
 
-def work_files(final: Path) -> tuple[Path, Path, Path]:
-    """What a file is until it is finished, its journal, and the reasons of its rejects."""
-    work = final.parent.parent / "journal"
-    return (
-        work / f"{final.name}.growing",
-        work / f"{final.name}.rows",
-        work / f"{final.name}.rejects.jsonl",
-    )
+def _cut_off(file: FileIO, size: int) -> None:
+    """Truncate a file, and continue writing there."""
+    file.truncate(size)
+    file.seek(size)
 
 
-def _grown(path: Path) -> FileIO:
-    """A file opened for reading and writing without a buffer, made where there is none."""
+def _open_unbuffered(path: Path) -> FileIO:
+    """Open a file for reading and writing, without a buffer; create it if it does not exist."""
     return FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
-
-
-def read_journal(path: Path) -> NDArray[Any]:
-    return np.fromfile(path, dtype=_JOURNAL)
-
-
-def index_rows(journal: NDArray[Any]) -> NDArray[Any]:
-    """What an index says of it."""
-    good = journal[journal["done"] != REJECTED]
-    rows = np.zeros(len(good), dtype=ROW)
-    for name in ROW.names or ():
-        rows[name] = good[name]
-    return rows
-
-
-def _count(journal: NDArray[Any]) -> ConversionProgress:
-    return ConversionProgress(
-        len(journal), int((journal["done"] == REJECTED).sum()), int(journal["bytes"].sum())
-    )
-
-
-def json_line(values: dict[str, Any]) -> bytes:
-    return json.dumps(values).encode() + b"\n"
-
-
-@lru_cache(1)
-def _order(images: int, seed: int) -> Samples:
-    return shuffled(images, seed)

@@ -6,53 +6,12 @@ import os
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
-
-from numpy.typing import NDArray
 
 from ..images import SUFFIXES
-from ..stores import Progress
 from . import beton, tfrecord, webdataset
-from .index import Scan
-from .record_store import RecordStore
+from .format import EncodedSample, Format
 
-
-class Format(Protocol):
-    """Writes and reads one format. A sample in a file is `before` + the encoded image + `after` (see `frame`)."""
-
-    SUFFIX: str  # of a file
-    SHARDED: bool  # a folder of files, or one file
-
-    def begin(self, samples: int) -> bytes:
-        """What stands at the beginning of a file of at most `samples` samples: room for a beton's tables."""
-
-    def frame(
-        self,
-        at: int,
-        key: int,
-        name: str,
-        label: int,
-        height: int,
-        width: int,
-        image: bytes,
-        checksum: int,
-    ) -> tuple[bytes, bytes]:
-        """What stands before and after an encoded image whose record begins at byte `at` of the file.
-
-        key: the position in the whole data set; name: what the source calls it; label: -1 for none; checksum: CRC-32C.
-        """
-
-    def finish(self, file: BinaryIO, rows: NDArray[Any]) -> None:
-        """Completes a file that is open for reading and writing at its end; rows: `ROW`s of its samples, in order."""
-
-    def scan(self, file: Path) -> Scan:
-        """What a finished file holds; raises ValueError where it is damaged, naming the file and the place."""
-
-    def files(self, path: Path) -> list[Path]:
-        """The files of this format at `path`, sorted: the file itself, or those in the folder; none of another kind."""
-
-    def open(self, path: Path, progress: Progress) -> RecordStore:
-        """The store at `path`; see `RecordStore`. ValueError for what is damaged, missing or of another version."""
+__all__ = ["FORMATS", "EncodedSample", "Format", "find_format"]
 
 
 FORMATS: dict[str, Format] = {"beton": beton, "webdataset": webdataset, "tfrecord": tfrecord}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..images import PPM
 from ..order import Samples
 from ..stores import Progress
+from .format import EncodedSample
 from .index import (
     MOST_CLASSES,
     ROW,
@@ -66,16 +67,17 @@ def begin(samples: int) -> bytes:
     return bytes(_HEADER.itemsize + 2 * _FIELD.itemsize + samples * _samples([_RGB, _INT]).itemsize)
 
 
-def frame(
-    at: int, key: int, name: str, label: int, height: int, width: int, image: bytes, checksum: int
-) -> tuple[bytes, bytes]:
+def frame(offset: int, sample: EncodedSample) -> tuple[bytes, bytes]:
     """FFCV may read a file in pages, and cannot see an image that crosses from one to the next.
 
     The size of all pages is that for the largest image (see `finish`). Where smaller ones do not cross the boundaries
     of smaller pages, they do not cross those either: each can be placed before the largest is known.
     """
-    page = _page(len(image))
-    return bytes(-at % page if at % page + len(image) > page else 0), b""
+    size = len(sample.image)
+    page = _page(size)
+    crosses_boundary = offset % page + size > page
+    padding = -offset % page if crosses_boundary else 0
+    return bytes(padding), b""
 
 
 def finish(file: BinaryIO, rows: NDArray[Any]) -> None:

@@ -16,6 +16,7 @@ import google_crc32c
 from numpy.typing import NDArray
 
 from ..stores import Progress
+from .format import EncodedSample
 from .index import Found, Scan, naturally
 from .record_store import RecordStore, open_files
 
@@ -36,22 +37,27 @@ def begin(samples: int) -> bytes:
     return b""
 
 
-def frame(
-    at: int, key: int, name: str, label: int, height: int, width: int, image: bytes, checksum: int
-) -> tuple[bytes, bytes]:
-    numbers = {b"image/height": height, b"image/width": width, b"image/class/label": label}
-    texts = {b"image/format": b"JPEG", b"image/filename": os.fsencode(name)}
+def frame(offset: int, sample: EncodedSample) -> tuple[bytes, bytes]:
+    numbers = {
+        b"image/height": sample.height,
+        b"image/width": sample.width,
+        b"image/class/label": sample.label,
+    }
+    texts = {b"image/format": b"JPEG", b"image/filename": os.fsencode(sample.name)}
     entries = [
         _entry(key, _INTEGERS, _varint(number)) for key, number in numbers.items() if number >= 0
     ]
     entries += [_entry(key, _BYTES, text) for key, text in texts.items()]
-    features = b"".join(entries) + _entry(
-        b"image/encoded", _BYTES, b"", len(image)
-    )  # last: all else stands before it
-    start = _field(1, features, len(image))
-    length = (len(start) + len(image)).to_bytes(8, "little")
-    end = _masked(google_crc32c.extend(google_crc32c.value(start), image))
-    return length + _masked(google_crc32c.value(length)) + start, end
+
+    # The image comes last, so that all else of the Example stands before it.
+    image_size = len(sample.image)
+    features = b"".join(entries) + _entry(b"image/encoded", _BYTES, b"", image_size)
+    example = _field(1, features, image_size)
+
+    length = (len(example) + image_size).to_bytes(8, "little")
+    before = length + _masked(google_crc32c.value(length)) + example
+    checksum = google_crc32c.extend(google_crc32c.value(example), sample.image)
+    return before, _masked(checksum)
 
 
 def finish(file: BinaryIO, rows: NDArray[Any]) -> None:

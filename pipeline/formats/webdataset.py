@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 
 from ..stores import Progress
+from .format import EncodedSample
 from .index import Found, Scan, naturally
 from .record_store import RecordStore, open_files
 
@@ -41,14 +42,14 @@ def begin(samples: int) -> bytes:
     return b""
 
 
-def frame(
-    at: int, key: int, name: str, label: int, height: int, width: int, image: bytes, checksum: int
-) -> tuple[bytes, bytes]:
-    after = bytes(-len(image) % _BLOCK)
-    if label >= 0:
-        digits = b"%d" % label
-        after += _header(b"%08d.cls" % key, len(digits)) + digits.ljust(_BLOCK, b"\0")
-    return _header(b"%08d.jpg" % key, len(image)), after
+def frame(offset: int, sample: EncodedSample) -> tuple[bytes, bytes]:
+    size = len(sample.image)
+    before = _header(b"%08d.jpg" % sample.key, size)
+    after = bytes(-size % _BLOCK)
+    if sample.label >= 0:
+        digits = b"%d" % sample.label
+        after += _header(b"%08d.cls" % sample.key, len(digits)) + digits.ljust(_BLOCK, b"\0")
+    return before, after
 
 
 def finish(file: BinaryIO, rows: NDArray[Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.formats import EncodedSample
 from tests.helpers.images import encoded, picture
 
 JPEGS = [encoded(picture(20 + 3 * i, 40 - 2 * i, seed=i), quality=60 + 3 * i) for i in range(9)]
@@ -26,9 +27,8 @@ def write_records(
         file.write(format.begin(len(images)))
         for key, (image, label) in enumerate(zip(images, labels, strict=True)):
             width, height = Image.open(io.BytesIO(image)).size
-            before, after = format.frame(
-                file.tell(), key, f"a/{key}.jpg", label, height, width, image, 0
-            )
+            sample = EncodedSample(key, f"a/{key}.jpg", label, height, width, image, checksum=0)
+            before, after = format.frame(file.tell(), sample)
             file.write(before + image + after)
         format.finish(file, np.zeros(0))
     return path

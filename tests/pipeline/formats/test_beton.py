@@ -17,7 +17,7 @@ from google_crc32c import value as crc32c
 from PIL import Image
 
 from pipeline import Store, find_format, open_store
-from pipeline.formats import beton
+from pipeline.formats import EncodedSample, beton
 from pipeline.formats.index import ROW, index_path, load_index, save_index, sidecar_path
 from pipeline.images import decode
 from tests.helpers.images import encoded, picture
@@ -46,9 +46,10 @@ def write(
         file.write(beton.begin(len(images) + room))
         rows = np.zeros(len(images), ROW)
         for i, (image, label) in enumerate(images):
-            before, after = beton.frame(
-                file.tell(), i, f"{i}.jpg", label, size[1], size[0], image, crc32c(image)
+            sample = EncodedSample(
+                i, f"{i}.jpg", label, size[1], size[0], image, checksum=crc32c(image)
             )
+            before, after = beton.frame(file.tell(), sample)
             assert after == b""
             file.write(before)
             rows[i] = (label, size[1], size[0], 0, file.tell(), len(image), crc32c(image))
@@ -166,7 +167,8 @@ def test_no_image_crosses_a_page_whatever_their_sizes() -> None:
             image = (
                 memoryview(bytes(MIB)).cast("B")[:size] if size <= MIB else range(size)
             )  # only its length matters
-            before, _ = beton.frame(at, 0, "", 0, 1, 1, image, 0)  # type: ignore[arg-type]
+            sample = EncodedSample(0, "", 0, 1, 1, image, checksum=0)  # type: ignore[arg-type]
+            before, _ = beton.frame(at, sample)
             assert not any(before)
             row["offset"], row["bytes"] = at + len(before), size
             at += len(before) + int(size)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.formats import find_format, tfrecord
+from pipeline.formats import EncodedSample, find_format, tfrecord
 from pipeline.formats.index import sidecar_path
 from tests.helpers.images import encoded, picture
 from tests.helpers.libraries import needed
@@ -168,7 +168,9 @@ def test_a_store_of_it_reads_at_random(tmp_path: Path) -> None:
 def test_lengths_of_any_number_of_bytes_are_right(tmp_path: Path, size: int) -> None:
     """An Example that is put together by the specification is the same but for the order of its features."""
     image, name = bytes(size), "é" * (size % 200) + ".jpg"
-    before, after = tfrecord.frame(0, 0, name, size, size, 2 * size, image, 0)
+    before, after = tfrecord.frame(
+        0, EncodedSample(0, name, size, size, 2 * size, image, checksum=0)
+    )
     features = [
         packed("image/height", size),
         packed("image/width", 2 * size),

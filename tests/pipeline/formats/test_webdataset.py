@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.formats import find_format, tfrecord, webdataset
+from pipeline.formats import EncodedSample, find_format, tfrecord, webdataset
 from pipeline.formats.index import ROW, index_path, save_index, sidecar_path
 from tests.helpers.images import encoded, picture
 from tests.helpers.libraries import needed
@@ -134,7 +134,7 @@ def test_a_million_images_are_opened_at_once_by_their_index(
         20,
         len(JPEGS[0]),
     )
-    before, _ = format.frame(0, 1, "a.jpg", 1, 40, 20, JPEGS[0], 0)
+    before, _ = format.frame(0, EncodedSample(1, "a.jpg", 1, 40, 20, JPEGS[0], checksum=0))
     rows["offset"] = np.arange(count) * step + len(before)
     with file.open("wb") as holes:
         holes.truncate(count * step)
