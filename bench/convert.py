@@ -1,20 +1,22 @@
-"""`python -m bench convert`: how fast JPEGs become one file or shards, with FFCV's writer beside ours, in turns."""
+"""`python -m bench convert`: how fast JPEGs become record files, FFCV's writer beside ours.
+
+Every conversion runs once a round, over all images, from the call to the finished and closed
+file, on all cores. The images are in the system's file cache, so that the disk plays no part in
+reading.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import shutil
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,164 +27,165 @@ from experiment import Console
 from pipeline.images import image_size
 
 from . import record, tables
+from .ffcv_writer import QUALITY, write_beton
+from .options import check_at_least, check_writable
 from .photos import draw_photos
-from .record import Contender, Rates
+from .record import ConversionRate, Data, Rates, Record
+from .timing import interleave, median_speedup
 
-SIDE, QUALITY = 400, 90  # of the resized ones; the quality is FFCV's default
+SIDE = 400  # pixels: longest side of the images that are reduced
 _DISTRIBUTIONS = ("ffcv", "simplejpeg", "pillow", "torch", "numpy", "google-crc32c")
 
 
 @dataclass(frozen=True)
-class Options:
-    """Measures conversions of a folder of JPEGs, which the system keeps in its memory, on all cores."""
+class ConvertOptions:
+    """Measures conversions of a folder of JPEGs that are in the file cache, on all cores."""
 
     data: Path | None = None
-    """Folder of images [default: drawn photographs of 500 x 375 pixels and 97 kB, as ImageNet's are]."""
+    """Folder of images [default: drawn photographs of 500 x 375 pixels and 97 kB, the size of
+    ImageNet's]."""
     images: int = 2000
-    """How many are drawn."""
-    turns: int = 5
-    """Each writes so often, after each other."""
+    """Number of photographs that are drawn."""
+    rounds: Annotated[int, tyro.conf.arg(aliases=["--turns"])] = 5
+    """How often each conversion is measured; all of them are measured in every round."""
     json: Path | None = None
     """File for the record of this run."""
 
+    def check(self) -> None:
+        """Raise ValueError for options that nothing can be measured with."""
+        check_at_least("--images", self.images, 1)
+        check_at_least("--rounds", self.rounds, 1)
+        check_writable("--json", self.json)
 
-class Way(NamedTuple):
-    """A way to convert, and the one that it is compared with."""
+
+class Conversion(NamedTuple):
+    """A way to convert the images, and the one that it is compared with."""
 
     name: str
     against: str
-    run: Callable[[Path], object]
+    write: Callable[[Path], object]  # takes an empty folder
 
 
 def main(arguments: list[str], console: Console) -> int:
-    options = tyro.cli(Options, args=arguments, prog="python -m bench convert")
-    folder = options.data or pipeline.cache_folder() / f"bench-photos-{options.images}"
-    if options.data is None:
-        with console.progress("drawing photographs, once") as bar:
-            draw_photos(folder, options.images, progress=bar)
-    sources = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-    if not sources:
-        raise ValueError(f"{folder} holds no JPEG")
-    encoded = [
-        path.read_bytes() for path in sources
-    ]  # which also brings them into the system's memory
-    sizes = np.array([image_size(data) for data in encoded])
-    contenders = contest(folder, sources, options.turns, console)
-    result = record.Record(
+    """Measure, print the record, and write it if asked to."""
+    options = tyro.cli(ConvertOptions, args=arguments, prog="python -m bench convert")
+    options.check()
+    folder = find_folder(options, console)
+    jpegs = find_jpegs(folder)
+    data = describe_data(options, jpegs)
+    conversions = compare(folder, jpegs, options.rounds, console)
+    result = Record(
         command=record.command(["convert", *arguments]),
         commit=record.commit(),
         versions=record.versions(_DISTRIBUTIONS),
         machine=record.machine(torch.device("cpu")),
-        data=record.Data(
-            name="images" if options.data else "drawn photographs",
-            images=len(sources),
-            mean_bytes=float(np.mean([len(data) for data in encoded])),
-            mean_width=float(sizes[:, 1].mean()),
-            mean_height=float(sizes[:, 0].mean()),
-        ),
-        settings={"turns": options.turns, "side": SIDE, "quality": QUALITY},
-        rungs=[],
-        contenders=contenders,
-        bounds={},
-        verdict=[],
+        data=data,
+        settings={"rounds": options.rounds, "side": SIDE, "quality": QUALITY},
+        conversions=conversions,
     )
-    tables.conversions(result, console)
+    tables.print_conversions(result, console)
     if options.json:
         result.write(options.json)
         console.print(f"written to {options.json}")
     return 0
 
 
-def contest(folder: Path, sources: list[Path], turns: int, console: Console) -> list[Contender]:
-    """Every way in turn, over all images, from the call to the finished and closed file."""
-    seconds: dict[str, list[float]] = {}
-    with (
-        console.progress("converting") as bar,
-        tempfile.TemporaryDirectory(prefix="twinfeed-", dir=folder.parent) as scratch,
-        ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn")
-        ) as apart,  # FFCV forks, which threads forbid
-    ):
-        ways = _ways(folder, sources, apart)
-        for turn in range(turns + 1):  # the first warms up: it compiles and imports
-            for i, way in enumerate(ways):
-                bar(turn * len(ways) + i, (turns + 1) * len(ways), way.name)
-                target = Path(scratch) / "written"
-                target.mkdir()
-                began = time.perf_counter()
-                way.run(target)
-                if turn:
-                    seconds.setdefault(way.name, []).append(time.perf_counter() - began)
-                shutil.rmtree(target)
-    found = []
-    for way in ways:
-        pairs = zip(seconds[way.against], seconds[way.name], strict=True)
-        ratio = statistics.median(theirs / ours for theirs, ours in pairs)
-        rates = Rates([len(sources) / s for s in seconds[way.name]])
-        found.append(
-            Contender(way.name, way.against if way.against != way.name else "", {}, rates, ratio)
-        )
-    return found
+def find_folder(options: ConvertOptions, console: Console) -> Path:
+    """The user's folder, or one with drawn photographs."""
+    if options.data is not None:
+        return options.data
+    folder = pipeline.cache_folder() / f"bench-photos-{options.images}"
+    with console.progress("drawing photographs, once") as bar:
+        return draw_photos(folder, options.images, progress=bar)
 
 
-def _ways(folder: Path, sources: list[Path], apart: ProcessPoolExecutor) -> list[Way]:
-    whole, small = "FFCV's writer", f"FFCV's writer, {SIDE} px"
+def find_jpegs(folder: Path) -> list[Path]:
+    """The JPEGs in a folder and its sub-folders; ValueError if there are none."""
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    jpegs = sorted(paths)
+    if not jpegs:
+        raise ValueError(f"{folder} holds no JPEG: name a folder of .jpg or .jpeg files")
+    return jpegs
 
-    def ours(target: Path, name: str = "x.beton", **options: Any) -> None:
-        pipeline.write_store(folder, target / name, pipeline.ConversionOptions(**options))
 
-    def theirs(target: Path, side: int | None) -> None:
-        apart.submit(
-            ffcv_write, [str(path) for path in sources], str(target / "x.beton"), side
-        ).result()
+def describe_data(options: ConvertOptions, jpegs: Sequence[Path]) -> Data:
+    """The data of the record. Reading the images also brings them into the file cache."""
+    encoded = [path.read_bytes() for path in jpegs]
+    sizes = np.array([image_size(data) for data in encoded])  # [n, 2]: height, width
+    return Data(
+        name="images" if options.data else "drawn photographs",
+        images=len(jpegs),
+        mean_bytes=float(np.mean([len(data) for data in encoded])),
+        mean_width=float(sizes[:, 1].mean()),
+        mean_height=float(sizes[:, 0].mean()),
+    )
 
+
+def compare(
+    folder: Path, jpegs: Sequence[Path], rounds: int, console: Console
+) -> list[ConversionRate]:
+    """Measure every conversion."""
+    # FFCV forks its workers, which is not safe in a process that has threads.
+    spawn = multiprocessing.get_context("spawn")
+    with console.progress("converting") as bar, ProcessPoolExecutor(1, spawn) as process:
+        conversions = list_conversions(folder, jpegs, process)
+        seconds: dict[str, list[float]] = {one.name: [] for one in conversions}
+        for number, conversion in interleave(conversions, rounds, bar):
+            elapsed = time_conversion(conversion, folder.parent)
+            if number > 0:  # the warm-up compiles and imports
+                seconds[conversion.name].append(elapsed)
     return [
-        Way(whole, whole, partial(theirs, side=None)),
-        Way("twinfeed, beton", whole, ours),
-        Way("twinfeed, WebDataset", whole, partial(ours, name="x", format="webdataset")),
-        Way("twinfeed, TFRecord", whole, partial(ours, name="x", format="tfrecord")),
-        Way("twinfeed, beton, --no-validate", whole, partial(ours, validate=False)),
-        Way(small, small, partial(theirs, side=SIDE)),
-        Way(
-            f"twinfeed, beton, --max-side {SIDE}",
-            small,
-            partial(ours, max_side=SIDE, quality=QUALITY),
-        ),
+        ConversionRate(
+            name=one.name,
+            against=one.against,
+            rates=Rates.from_seconds(len(jpegs), seconds[one.name]),
+            ratio=median_speedup(seconds[one.against], seconds[one.name]),
+        )
+        for one in conversions
     ]
 
 
-class _Images:
-    """What FFCV's documentation gives its writer: images that Pillow opens, and labels."""
-
-    def __init__(self, paths: list[str]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> tuple[Any, int]:
-        from PIL import Image
-
-        return Image.open(self.paths[i]).convert("RGB"), 0
-
-
-def ffcv_write(paths: list[str], target: str, side: int | None) -> None:
-    """A beton of JPEGs by FFCV's own writer, on all cores, at its default quality of 90."""
+def time_conversion(conversion: Conversion, parent: Path) -> float:
+    """The seconds of one conversion into a temporary folder in `parent`, on the images' disk."""
+    target = Path(tempfile.mkdtemp(prefix="twinfeed-", dir=parent))
     try:
-        from ffcv.fields import IntField, RGBImageField
-        from ffcv.writer import DatasetWriter
-    except ImportError as error:
-        raise ValueError(
-            f"FFCV, to compare with, cannot be imported ({error}): uv sync --extra ffcv"
-        ) from None
-    image = RGBImageField(
-        write_mode="jpg", jpeg_quality=QUALITY, **({} if side is None else {"max_resolution": side})
-    )
-    fields = {"image": image, "label": IntField()}
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # as FFCV has it; here it would start each worker afresh
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # it draws a progress bar
-    DatasetWriter(target, fields, num_workers=pipeline.usable_cores()).from_indexed_dataset(
-        _Images(paths)
-    )
+        began = time.perf_counter()
+        conversion.write(target)
+        return time.perf_counter() - began
+    finally:
+        shutil.rmtree(target)
+
+
+def list_conversions(
+    folder: Path, jpegs: Sequence[Path], process: ProcessPoolExecutor
+) -> list[Conversion]:
+    """Every conversion: FFCV's first, then those that are compared with it.
+
+    Args:
+        folder: The images.
+        jpegs: Their paths.
+        process: Runs FFCV's writer.
+    """
+    paths = [str(path) for path in jpegs]
+
+    def ffcv(target: Path, side: int | None = None) -> None:
+        process.submit(write_beton, paths, str(target / "x.beton"), side).result()
+
+    def ours(target: Path, name: str = "x.beton", **options: Any) -> None:
+        pipeline.write_store(folder, target / name, **options)
+
+    whole = "FFCV's writer"
+    small = f"FFCV's writer, {SIDE} px"
+    webdataset = partial(ours, name="x", format="webdataset")
+    tfrecord = partial(ours, name="x", format="tfrecord")
+    unvalidated = partial(ours, validate=False)
+    reduced = partial(ours, max_side=SIDE, quality=QUALITY)
+    return [
+        Conversion(whole, whole, ffcv),
+        Conversion("twinfeed, beton", whole, ours),
+        Conversion("twinfeed, WebDataset", whole, webdataset),
+        Conversion("twinfeed, TFRecord", whole, tfrecord),
+        Conversion("twinfeed, beton, --no-validate", whole, unvalidated),
+        Conversion(small, small, partial(ffcv, side=SIDE)),
+        Conversion(f"twinfeed, beton, --max-side {SIDE}", small, reduced),
+    ]

@@ -1,4 +1,8 @@
-"""`python -m bench doctor`: what is installed, what is missing and how to get it, and what it would bring."""
+"""`python -m bench doctor`: what is installed, what is missing, how to get it, and what it is for.
+
+It looks at the libraries, the GPU and the settings of the system that matter for throughput. It
+works without torch, so that it can say that torch is missing.
+"""
 
 from __future__ import annotations
 
@@ -14,110 +18,126 @@ from typing import NamedTuple
 
 import tyro
 
-from experiment import Console, ProgressBar
+from experiment import Console, ProgressBar, provenance
 
-from . import record
+OK = "ok"
+MISSING = "missing"  # something is slower or not available
+WRONG = "WRONG"  # nothing runs
 
-_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-_GOOD, _MISSING, _WRONG = "ok", "missing", "WRONG"
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # quota and period in microseconds, or "max"
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_FEWEST_FILES = 1024  # open files that a process should be allowed
+_CACHED_FRACTION = 0.7  # of the memory, that the file cache is taken to hold
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The state of one thing that was examined."""
 
-    what: str
-    state: str  # ok, missing (something is slower or absent without it) or WRONG (nothing runs)
-    found: str
+    name: str
+    state: str  # OK, MISSING or WRONG
+    description: str
     remedy: str = ""
 
 
-class Part(NamedTuple):
-    """A library: what it is for, and how to get it."""
+class Library(NamedTuple):
+    """A library: its purpose, and how to get it."""
 
     module: str
     distribution: str
-    brings: str
+    purpose: str
     remedy: str
-    needed: bool = False
+    required: bool = False
 
 
-_PARTS = (
-    Part("torch", "torch", "the network", "uv sync", needed=True),
-    Part("torchvision", "torchvision", "the backbones", "uv sync", needed=True),
-    Part("simplejpeg", "simplejpeg", "decodes JPEGs on the CPU", "uv sync", needed=True),
-    Part(
-        "numba", "numba", "distorts on the CPU, 10 times as fast as torch", "uv sync", needed=True
+LIBRARIES = (
+    Library("torch", "torch", "the network", "uv sync", required=True),
+    Library("torchvision", "torchvision", "the backbones", "uv sync", required=True),
+    Library("simplejpeg", "simplejpeg", "decodes JPEGs on the CPU", "uv sync", required=True),
+    Library(
+        "numba",
+        "numba",
+        "distorts on the CPU, 10 times as fast as torch",
+        "uv sync",
+        required=True,
     ),
-    Part("google_crc32c", "google-crc32c", "checksums of records", "uv sync", needed=True),
-    Part("sklearn", "scikit-learn", "SVMs of VOC07", "uv sync", needed=True),
-    Part(
-        "nvidia.dali", "nvidia-dali-cuda130", "decodes on the GPU", "uv sync (Linux on x86-64 only)"
+    Library("google_crc32c", "google-crc32c", "checksums of records", "uv sync", required=True),
+    Library("sklearn", "scikit-learn", "SVMs of VOC07", "uv sync", required=True),
+    Library(
+        "nvidia.dali",
+        "nvidia-dali-cuda130",
+        "decodes on the GPU",
+        "uv sync (Linux on x86-64 only)",
     ),
-    Part(
+    Library(
         "ffcv",
         "ffcv",
         "reads beton files through FFCV's loader",
         "apt-get install libopencv-dev libturbojpeg0-dev pkg-config; uv sync --extra ffcv",
     ),
-    Part("pyarrow", "pyarrow", "converts Hugging Face's parquet files", "uv sync --extra convert"),
-    Part("fsspec", "fsspec", "converts what URLs name", "uv sync --extra convert"),
-    Part("distributed", "distributed", "converts on a Dask cluster", "uv sync --extra convert"),
-    Part("lightly", "lightly", "a peer to measure against", "uv sync --group bench"),
-    Part("kornia", "kornia", "a peer to measure against", "uv sync --group bench"),
-    Part("matplotlib", "matplotlib", "draws `bench report`", "uv sync --group bench"),
+    Library(
+        "pyarrow", "pyarrow", "converts Hugging Face's parquet files", "uv sync --extra convert"
+    ),
+    Library("fsspec", "fsspec", "converts data at URLs", "uv sync --extra convert"),
+    Library("distributed", "distributed", "converts on a Dask cluster", "uv sync --extra convert"),
+    Library("lightly", "lightly", "a peer of the benchmark", "uv sync --group bench"),
+    Library("kornia", "kornia", "a peer of the benchmark", "uv sync --group bench"),
+    Library("matplotlib", "matplotlib", "draws `bench report`", "uv sync --group bench"),
 )
 
 
-def main(arguments: list[str]) -> int:
-    """Prints the findings; 1 where something is wrong without which nothing runs."""
-    tyro.cli(_nothing, args=arguments, prog="python -m bench doctor", description=__doc__)
-    with Console() as console:
-        with console.progress("looking") as bar:
-            findings = list(examine(bar))
-        wide = max(len(finding.what) for finding in findings)
-        for what, state, found, remedy in findings:
-            console.print(f"{what:{wide}}  {state:7}  {found}")
-            if remedy:
-                console.print(f"{'':{wide}}           -> {remedy}")
-    return int(any(finding.state == _WRONG for finding in findings))
+def main(arguments: list[str], console: Console) -> int:
+    """Print the findings; return 1 if something without which nothing runs is wrong."""
+    tyro.cli(_no_options, args=arguments, prog="python -m bench doctor", description=__doc__)
+    with console.progress("examining") as bar:
+        findings = list(examine(bar))
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        console.print(f"{finding.name:{width}}  {finding.state:7}  {finding.description}")
+        if finding.remedy:
+            console.print(f"{'':{width}}           -> {finding.remedy}")
+    anything_wrong = any(finding.state == WRONG for finding in findings)
+    return 1 if anything_wrong else 0
 
 
-def _nothing() -> None: ...
+def _no_options() -> None: ...
 
 
 def examine(bar: ProgressBar) -> Iterator[Finding]:
-    """Looks at the libraries, the GPU, and the machine."""
-    yield Finding("python", _GOOD, platform.python_version())
+    """Examine Python, the libraries, the GPU and the machine."""
+    yield Finding("python", OK, platform.python_version())
     complete = True
-    for done, part in enumerate(_PARTS):
-        bar(done, len(_PARTS), part.distribution)
-        finding = library(part)
-        complete &= finding.state != _WRONG
+    for done, library in enumerate(LIBRARIES):
+        bar(done, len(LIBRARIES), library.distribution)
+        finding = examine_library(library)
+        if finding.state == WRONG:
+            complete = False
         yield finding
-    if complete:  # which torch knows
-        yield gpu()
-    yield from machine()
+    if complete:  # torch is needed to find the GPU
+        yield examine_gpu()
+    yield from examine_machine()
 
 
-def library(part: Part) -> Finding:
-    """Whether a library is there and can be imported: one that is installed may still lack a system library."""
+def examine_library(library: Library) -> Finding:
+    """Whether a library is installed and can be imported.
+
+    One that is installed may still lack a system library.
+    """
+    failed = WRONG if library.required else MISSING
+    name = library.distribution
     try:
-        version = metadata.version(part.distribution)
+        version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        state = _WRONG if part.needed else _MISSING
-        return Finding(part.distribution, state, f"not installed: {part.brings}", part.remedy)
+        return Finding(name, failed, f"not installed: {library.purpose}", library.remedy)
     try:
-        importlib.import_module(part.module)
-    except Exception as error:  # whatever a broken installation raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        state = _WRONG if part.needed else _MISSING
-        return Finding(
-            part.distribution, state, f"{version}, but cannot be imported: {reason}", part.remedy
-        )
-    return Finding(part.distribution, _GOOD, f"{version}: {part.brings}")
+        importlib.import_module(library.module)
+    except Exception as error:  # a broken installation may raise anything
+        lines = str(error).splitlines() or [type(error).__name__]
+        description = f"{version}, but cannot be imported: {lines[0]}"
+        return Finding(name, failed, description, library.remedy)
+    return Finding(name, OK, f"{version}: {library.purpose}")
 
 
-def gpu() -> Finding:
+def examine_gpu() -> Finding:
     """The GPU, its driver and power limit, or why torch cannot use it."""
     import torch
 
@@ -126,70 +146,86 @@ def gpu() -> Finding:
     try:
         device = pipeline.find_device()
     except ValueError as error:
-        return Finding(
-            "GPU", _WRONG, str(error), "a driver of release 580 or newer, or --device cpu"
-        )
+        remedy = "a driver of release 580 or newer, or --device cpu"
+        return Finding("GPU", WRONG, str(error), remedy)
     if device.type == "cpu":
-        return Finding("GPU", _MISSING, "none: everything runs on the CPU")
-    limit, driver = record.gpu_settings(device)
-    name, memory = (
-        torch.cuda.get_device_name(device),
-        torch.cuda.get_device_properties(device).total_memory,
-    )
-    power = f", {limit:.0f} W" if limit else ""
+        return Finding("GPU", MISSING, "none: everything runs on the CPU")
+    settings = provenance.gpu_settings(device)
     count = torch.cuda.device_count()
-    found = f"{count} x {name}, {memory / 2**30:.0f} GiB{power}, driver {driver}, CUDA {torch.version.cuda}"
-    return Finding("GPU", _GOOD, found)
+    name = torch.cuda.get_device_name(device)
+    memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    power = f", {settings.power_limit_w:.0f} W" if settings.power_limit_w else ""
+    description = (
+        f"{count} x {name}, {memory_gib:.0f} GiB{power}, driver {settings.driver}, "
+        f"CUDA {torch.version.cuda}"
+    )
+    return Finding("GPU", OK, description)
 
 
-def machine() -> Iterator[Finding]:
-    """Cores, memory, disks, and the settings of the system that matter."""
-    cores, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+def examine_machine() -> Iterator[Finding]:
+    """Examine cores, memory, disks, and system settings that matter for throughput."""
+    yield _examine_cores()
+    yield _examine_memory()
+    yield _examine_disk("cache folder", _cache_parent())
+    yield _examine_disk("this folder", Path.cwd())
+    yield _examine_huge_pages()
+    yield _examine_open_files()
+
+
+def _examine_cores() -> Finding:
+    usable = len(os.sched_getaffinity(0))
+    description = f"{usable} of {os.cpu_count() or 1} may be used"
     quota = cpu_quota()
-    limited = f", but a container's quota of {quota:.1f}" if quota and quota < cores else ""
-    remedy = f"--threads {max(1, int(quota))}" if quota and limited else ""
-    yield Finding("cores", _GOOD, f"{cores} of {all_cores} may be used{limited}", remedy)
-    memory = record.memory_gib()
-    yield Finding(
-        "memory",
-        _GOOD,
-        f"{memory:.0f} GiB: data up to {0.7 * memory:.0f} GiB are read from the disk once",
-    )
-    cache = Path(
-        os.environ.get("TWINFEED_CACHE")
-        or os.environ.get("XDG_CACHE_HOME")
-        or Path.home() / ".cache"
-    )
-    for what, folder in (("cache folder", cache), ("this folder", Path.cwd())):
-        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(place).free / 2**30
-        writable = os.access(place, os.W_OK)
-        state = _GOOD if writable and free > 1 else _MISSING
-        note = "" if writable else ", not writable"
-        remedy = "" if state == _GOOD else "TWINFEED_CACHE or --run on another disk"
-        yield Finding(what, state, f"{free:.0f} GiB free{note}", remedy)
-    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    enabled = pages.read_text() if pages.exists() else "[never]"
-    if "[never]" in enabled:
-        yield Finding(
-            "huge pages",
-            _MISSING,
-            "off: views on the CPU cost more page faults",
-            f"echo madvise > {pages}",
-        )
-    else:
-        yield Finding("huge pages", _GOOD, "on: views on the CPU fault a tenth as often")
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    yield Finding(
-        "open files",
-        *((_GOOD, f"{files:,}") if files >= 1024 else (_MISSING, f"{files}", "ulimit -n 4096")),
-    )
+    if quota is None or quota >= usable:
+        return Finding("cores", OK, description)
+    description += f", but a container's quota of {quota:.1f}"
+    return Finding("cores", OK, description, f"--threads {max(1, int(quota))}")
 
 
 def cpu_quota() -> float | None:
-    """Cores that a control group grants, where it limits them."""
+    """The number of cores that a control group grants, or None if it does not limit them."""
     try:
-        quota, period = _CPU_MAX.read_text().split()
+        quota, period = _CPU_LIMIT.read_text().split()
         return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         return None
+
+
+def _examine_memory() -> Finding:
+    memory = provenance.memory_gib()
+    cached = _CACHED_FRACTION * memory
+    description = f"{memory:.0f} GiB: data up to {cached:.0f} GiB are read from the disk once"
+    return Finding("memory", OK, description)
+
+
+def _cache_parent() -> Path:
+    """The folder that twinfeed's cache is in."""
+    folder = os.environ.get("TWINFEED_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    return Path(folder) if folder else Path.home() / ".cache"
+
+
+def _examine_disk(name: str, folder: Path) -> Finding:
+    parents = (folder, *folder.absolute().parents)
+    existing = next(path for path in parents if path.exists())
+    free_gib = shutil.disk_usage(existing).free / 2**30
+    writable = os.access(existing, os.W_OK)
+    note = "" if writable else ", not writable"
+    description = f"{free_gib:.0f} GiB free{note}"
+    if writable and free_gib > 1:
+        return Finding(name, OK, description)
+    return Finding(name, MISSING, description, "TWINFEED_CACHE or --run on another disk")
+
+
+def _examine_huge_pages() -> Finding:
+    enabled = _HUGE_PAGES.read_text() if _HUGE_PAGES.exists() else "[never]"
+    if "[never]" in enabled:
+        description = "off: views on the CPU cost more page faults"
+        return Finding("huge pages", MISSING, description, f"echo madvise > {_HUGE_PAGES}")
+    return Finding("huge pages", OK, "on: views on the CPU cost a tenth of the page faults")
+
+
+def _examine_open_files() -> Finding:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit >= _FEWEST_FILES:
+        return Finding("open files", OK, f"{limit:,}")
+    return Finding("open files", MISSING, f"{limit}", "ulimit -n 4096")

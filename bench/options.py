@@ -1,4 +1,4 @@
-"""What `python -m bench` can be asked for. Nothing here loads torch: `--help` is answered at once."""
+"""The options of `python -m bench`. Nothing here loads torch: `--help` is answered at once."""
 
 from __future__ import annotations
 
@@ -9,60 +9,67 @@ from typing import Literal
 
 import tyro
 
-from experiment.options import DecoderName
-from experiment.presets import PRESETS
+from experiment import PRESETS, DecoderName, check_option
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Where does the throughput go? Measures every rung from disk to update, and the peers beside it.
+class BenchOptions:
+    """Measures every stage from disk to update, and other projects' pipelines beside it.
 
-    `python -m bench report --help`: records as tables and plot. `python -m bench doctor`: what is installed.
+    `python -m bench report --help`: tables and plot of records. `python -m bench doctor`: what is
+    installed.
     """
 
     data: Path | None = None
-    """Folder of images [default: drawn photographs of 500 x 375 pixels and 97 kB, as ImageNet's are]."""
+    """Folder of images [default: drawn photographs of 500 x 375 pixels and 97 kB, the size of
+    ImageNet's]."""
     images: int = 1024
-    """At most so many of them take part."""
+    """Number of images that are used, at most."""
     size: int = 224
     """Side of a view, pixels."""
     batch_size: int | None = None
-    """Images a step [default: 64 on a CPU, 32 with --quick, 512 on a GPU]."""
+    """Images per step [default: 64 on a CPU, 32 with --quick, 512 on a GPU]."""
     preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
-    """Whose network is trained [default: demo on a CPU, imagenet-1000e on a GPU]."""
+    """Preset that defines the network [default: demo on a CPU, imagenet-1000e on a GPU]."""
     decoder: DecoderName = "auto"
     """auto: DALI on a GPU, else cpu. ffcv: FFCV's loader, for a beton."""
     threads: int | None = None
-    """Threads that decode [default: one a core, shared among the ranks of this machine]."""
+    """Threads that decode [default: one per core, shared among the ranks of this machine]."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     quick: bool = False
-    """Fewer and shorter measurements: within a minute on two cores."""
+    """Fewer and shorter measurements: about a minute on two cores."""
     peers: bool = True
-    """Measure other pipelines as well, on one core."""
+    """Measure other projects' pipelines as well, on one core."""
     json: Path | None = None
     """File for the record of this run."""
 
     def check(self) -> None:
-        """ValueError for what cannot be measured."""
-        least = {
-            "--images": (self.images, 2),
-            "--size": (self.size, 1),
-            "--threads": (self.threads, 1),
-        }
-        least["--batch-size"] = self.batch_size, 2  # for batch statistics
-        for option, (value, bound) in least.items():
-            if value is not None and value < bound:
-                raise ValueError(f"{option} is {value}: it must be at least {bound}")
-        if self.json and (
-            self.json.is_dir() or not os.access(self.json.absolute().parent, os.W_OK)
-        ):
-            raise ValueError(
-                f"--json {self.json} cannot be written: name a file in a folder that is there"
-            )
+        """Raise ValueError for options that nothing can be measured with."""
+        check_at_least("--images", self.images, 2)
+        check_at_least("--size", self.size, 1)
+        check_at_least("--threads", self.threads, 1)
+        check_at_least("--batch-size", self.batch_size, 2)  # batch statistics need two images
+        check_writable("--json", self.json)
 
 
-def parse(arguments: list[str]) -> Bench:
-    config = tyro.cli(Bench, args=arguments, prog="python -m bench")
-    config.check()
-    return config
+def parse(arguments: list[str]) -> BenchOptions:
+    """Parse and check the command line of `python -m bench`."""
+    options = tyro.cli(BenchOptions, args=arguments, prog="python -m bench")
+    options.check()
+    return options
+
+
+def check_at_least(option: str, value: int | None, minimum: int) -> None:
+    """Raise ValueError if an option is given and below its minimum."""
+    valid = value is None or value >= minimum
+    check_option(option, value, valid, f"at least {minimum}")
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Raise ValueError if an option names a file that cannot be written."""
+    if path is None:
+        return
+    folder_is_writable = os.access(path.absolute().parent, os.W_OK)
+    valid = folder_is_writable and not path.is_dir()
+    check_option(option, path, valid, "a file in an existing folder that you may write to")

@@ -1,28 +1,31 @@
-"""What a measurement leaves behind: a typed record with everything needed to judge it, as JSON."""
+"""The record of a benchmark: a typed result with everything needed to judge it, stored as JSON.
+
+A `Record` holds the command, the commit, the versions, the machine and the data, and what was
+measured: stages and peers (`python -m bench`), conversions (`python -m bench convert`) or training
+steps (`python -m bench step`). Every measurement is a list of `Rates`, one for each repeat.
+
+`tables.py` prints a record at the terminal, `report.py` writes it as Markdown.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import experiment
+from experiment import ModelConfig, provenance
 
 if TYPE_CHECKING:
     import torch
 
-SCHEMA = 1
-_ROOT = Path(__file__).parent.parent
-_MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
-_DISTRIBUTIONS = (
+SCHEMA = 2
+DISTRIBUTIONS = (
     "torch",
     "torchvision",
     "nvidia-dali-cuda130",
@@ -35,9 +38,14 @@ _DISTRIBUTIONS = (
 
 @dataclass(frozen=True)
 class Rates:
-    """Two-view images per second, measured several times over."""
+    """Two-view images per second, measured several times."""
 
     images_per_s: list[float]  # one for each repeat
+
+    @classmethod
+    def from_seconds(cls, images: int, seconds: Sequence[float]) -> Rates:
+        """The rates at which `images` images were done in each of these times."""
+        return cls([images / s for s in seconds])
 
     @property
     def median(self) -> float:
@@ -46,21 +54,22 @@ class Rates:
     @property
     def spread(self) -> float:
         """Half the range of the repeats, as a fraction of their median."""
-        return (max(self.images_per_s) - min(self.images_per_s)) / 2 / self.median
+        half_range = (max(self.images_per_s) - min(self.images_per_s)) / 2
+        return half_range / self.median
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One part of the way from disk to update, or several."""
+class StageResult:
+    """The throughput of one stage (see `stage_names`)."""
 
     name: str
-    what: str
-    rates: Rates  # of the first rank, while all ranks work
-    on: str  # what it keeps busy: "cores", "one core", "GPU", "disk" or "bus"
-    ceiling: float | None = None  # images/s that it could come to at most, measured in the same run
-    ceiling_is: str = ""
-    ranks: list[Rates] = field(default_factory=list)  # under torchrun: of each rank while all work
-    alone: Rates | None = None  # and of the first rank while the others wait
+    description: str
+    rates: Rates  # of rank 0, while all ranks work
+    resource: str  # what the stage keeps busy: "cores", "one core", "GPU", "disk" or "bus"
+    roofline: float | None = None  # upper bound in images/s, measured in the same run
+    roofline_name: str = ""
+    ranks: list[Rates] = field(default_factory=list)  # under torchrun: each rank, while all work
+    alone: Rates | None = None  # under torchrun: rank 0, while the others wait
 
     @property
     def total(self) -> float:
@@ -69,46 +78,59 @@ class Rung:
 
     @property
     def contention(self) -> float:
-        """What a rank loses to the others, as a fraction of what the first does alone: below 0 where that is noise."""
-        return 1 - self.total / len(self.ranks) / self.alone.median if self.alone else 0.0
+        """The fraction of its throughput alone that a rank loses while all ranks work.
+
+        Noise can make it negative.
+        """
+        if self.alone is None:
+            return 0.0
+        per_rank = self.total / len(self.ranks)
+        return 1 - per_rank / self.alone.median
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A way from encoded images to two finished views, on one core, in turns with the others."""
+class PeerResult:
+    """The throughput of a pipeline from encoded images to two finished views, on one core."""
 
     name: str
-    differs: str  # from the paper's distortions
+    differs: str  # how it differs from the paper's distortions, or "" if it does not
     versions: dict[str, str]
     rates: Rates
-    ratio: float  # of its rate to that of the authors' transform: the median over the turns
+    ratio: float  # its rate / the rate of the authors' transform, median over the rounds
 
 
 @dataclass(frozen=True)
-class Step:
-    """A way to take the training step, or to compute the loss and its gradients, in turns with the others."""
+class ConversionRate:
+    """The throughput of writing JPEGs to record files."""
 
     name: str
-    against: str  # the name of the one that it is compared with
+    against: str  # name of the conversion that it is compared with
+    rates: Rates
+    ratio: float  # its rate / the rate of that conversion, median over the rounds
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The throughput of a training step, or of the loss and its gradients."""
+
+    name: str
+    against: str  # name of the candidate that it is compared with
     precision: str
     batch_size: int
     rates: Rates
-    ratio: (
-        float | None
-    )  # of its rate to the other's: the median over the turns; None where the other has none
-    memory_gib: (
-        float | None
-    )  # that it allocates at most, beside the views; None where that was not measured
+    ratio: float | None  # its rate / the other's, median over the rounds; None if that did not fit
+    memory_gib: float | None  # peak that it allocates besides the views; None if not measured
 
     @property
     def ms(self) -> float:
+        """Milliseconds per step."""
         return 1000 * self.batch_size / self.rates.median
 
 
 @dataclass(frozen=True)
 class Machine:
     cpu: str
-    cores: int  # that may be used
+    cores: int  # that this process may use
     memory_gib: float
     gpu: str | None
     gpu_power_limit_w: float | None
@@ -119,7 +141,7 @@ class Machine:
 @dataclass(frozen=True)
 class Data:
     name: str
-    images: int  # that took part
+    images: int  # that were used
     mean_bytes: float
     mean_width: float
     mean_height: float
@@ -127,7 +149,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Record:
-    """One run of the bench."""
+    """One run of the benchmark."""
 
     command: str
     commit: str
@@ -135,156 +157,147 @@ class Record:
     machine: Machine
     data: Data
     settings: dict[str, Any]
-    rungs: list[Rung]
-    contenders: list[Contender]
-    bounds: dict[str, float]  # images/s that each resource could feed or train at most
-    verdict: list[str]
-    steps: list[Step] = field(default_factory=list)
+    stages: list[StageResult] = field(default_factory=list)
+    peers: list[PeerResult] = field(default_factory=list)
+    conversions: list[ConversionRate] = field(default_factory=list)
+    steps: list[StepResult] = field(default_factory=list)
+    bounds: dict[str, float] = field(default_factory=dict)  # images/s that each resource allows
+    verdict: list[str] = field(default_factory=list)
     schema: int = SCHEMA
 
     def write(self, path: Path) -> None:
+        """Write the record as JSON, atomically."""
         experiment.write_json(path, dataclasses.asdict(self))
 
 
 def read(path: Path) -> Record:
-    """The record in a file; ValueError where it is none, or of another schema."""
+    """Read a record of schema 1 or 2.
+
+    Raises:
+        ValueError: The file is not a record, or has another schema.
+    """
     try:
         values = json.loads(path.read_bytes())
         schema = values["schema"]
+        if schema == 1:
+            return _from_json(_upgraded_from_1(values))
         if schema == SCHEMA:
-            return _record(values)
+            return _from_json(values)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no record of the bench ({error!r})") from None
-    raise ValueError(f"{path} has schema {schema}, this program reads {SCHEMA}: measure again")
+        raise ValueError(f"{path} is not a record of the benchmark ({error!r})") from None
+    raise ValueError(
+        f"{path} has schema {schema}, but this program reads 1 and {SCHEMA}: measure again"
+    )
 
 
-def _record(values: dict[str, Any]) -> Record:
-    def rung(of: dict[str, Any]) -> Rung:
-        alone = of["alone"] and Rates(**of["alone"])
-        return Rung(
-            **{
-                **of,
-                "rates": Rates(**of["rates"]),
-                "ranks": [Rates(**r) for r in of["ranks"]],
-                "alone": alone,
-            }
-        )
-
-    def contender(of: dict[str, Any]) -> Contender:
-        return Contender(**{**of, "rates": Rates(**of["rates"])})
-
-    def step(of: dict[str, Any]) -> Step:
-        return Step(**{**of, "rates": Rates(**of["rates"])})
-
-    parts: dict[str, Any] = {
+def _from_json(values: dict[str, Any]) -> Record:
+    typed = {
         "machine": Machine(**values["machine"]),
         "data": Data(**values["data"]),
+        "stages": [_stage_from_json(stage) for stage in values["stages"]],
+        "peers": [_with_rates(PeerResult, peer) for peer in values["peers"]],
+        "conversions": [_with_rates(ConversionRate, one) for one in values["conversions"]],
+        "steps": [_with_rates(StepResult, step) for step in values["steps"]],
     }
-    parts |= {
-        "rungs": list(map(rung, values["rungs"])),
-        "contenders": list(map(contender, values["contenders"])),
-    }
-    parts |= {
-        "steps": list(map(step, values.get("steps", [])))
-    }  # which earlier records do not have
-    return Record(**{**values, **parts})
+    return Record(**{**values, **typed})
 
 
-def versions(distributions: Sequence[str] = _DISTRIBUTIONS) -> dict[str, str]:
-    """Of those distributions that are installed, and of Python."""
-    found = {"python": platform.python_version()}
-    for name in distributions:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def _stage_from_json(values: dict[str, Any]) -> StageResult:
+    alone = values["alone"]
+    typed = {
+        "rates": Rates(**values["rates"]),
+        "ranks": [Rates(**rates) for rates in values["ranks"]],
+        "alone": None if alone is None else Rates(**alone),
+    }
+    return StageResult(**{**values, **typed})
+
+
+def _with_rates(result_type: Any, values: dict[str, Any]) -> Any:
+    return result_type(**{**values, "rates": Rates(**values["rates"])})
+
+
+def _upgraded_from_1(values: dict[str, Any]) -> dict[str, Any]:
+    """The same record with the keys of schema 2."""
+    settings = _renamed(values["settings"], {"turns": "rounds"})
+    stage_keys = {
+        "what": "description",
+        "on": "resource",
+        "ceiling": "roofline",
+        "ceiling_is": "roofline_name",
+    }
+    upgraded = {
+        **_renamed(values, {"rungs": "stages", "contenders": "peers"}),
+        "settings": settings,
+        "stages": [_renamed(stage, stage_keys) for stage in values["rungs"]],
+        "conversions": [],
+        "steps": values.get("steps", []),  # the first records had none
+        "schema": 2,
+    }
+    if "side" in settings:  # a record of `bench convert`, which kept its conversions as peers
+        upgraded["conversions"] = [_conversion_from_1(one) for one in values["contenders"]]
+        upgraded["peers"] = []
+    return upgraded
+
+
+def _conversion_from_1(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": values["name"],
+        "against": values["differs"] or values["name"],
+        "rates": values["rates"],
+        "ratio": values["ratio"],
+    }
+
+
+def _renamed(values: dict[str, Any], new_names: dict[str, str]) -> dict[str, Any]:
+    return {new_names.get(name, name): value for name, value in values.items()}
+
+
+def versions(distributions: Sequence[str] = DISTRIBUTIONS) -> dict[str, str]:
+    """The versions of Python and of those distributions that are installed."""
+    libraries = provenance.library_versions(distributions)
+    installed = {name: version for name, version in libraries.items() if version is not None}
+    return {"python": platform.python_version(), **installed}
 
 
 def machine(device: torch.device) -> Machine:
-    """What the figures were measured on."""
+    """The machine that the figures are measured on."""
     import pipeline
 
-    limit, driver = gpu_settings(device) if device.type == "cuda" else (None, None)
+    settings = provenance.gpu_settings(device) if device.type == "cuda" else None
     return Machine(
-        cpu=_cpu_name(),
+        cpu=provenance.cpu_name(),
         cores=pipeline.usable_cores(),
-        memory_gib=round(memory_gib(), 1),
-        gpu=pipeline.describe_device(device) if device.type == "cuda" else None,
-        gpu_power_limit_w=limit,
-        gpu_driver=driver,
+        memory_gib=round(provenance.memory_gib(), 1),
+        gpu=pipeline.describe_device(device) if settings else None,
+        gpu_power_limit_w=settings.power_limit_w if settings else None,
+        gpu_driver=settings.driver if settings else None,
         system=f"{platform.system()} {platform.machine()}",
     )
 
 
-def memory_gib() -> float:
-    """Of the machine, or what its control group grants."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        granted = int(_MEMORY_MAX.read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        granted = physical
-    return min(physical, granted) / 2**30
-
-
-def gpu_settings(device: torch.device) -> tuple[float | None, str | None]:
-    """Power limit in watts and driver release, as nvidia-smi says; None for what it does not say."""
-    import torch
-
-    # By its UUID: nvidia-smi counts all GPUs of the machine, torch those in CUDA_VISIBLE_DEVICES.
-    name = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    said = _output(
-        [
-            "nvidia-smi",
-            "--query-gpu=power.limit,driver_version",
-            "--format=csv,noheader,nounits",
-            name,
-        ]
-    )
-    limit, _, driver = said.strip().partition(", ")
-    try:
-        return float(limit), driver or None
-    except ValueError:  # some have no power limit
-        return None, driver or None
-
-
 def commit() -> str:
-    """The commit of this checkout, with a plus where files of it have been changed since."""
-    git = ["git", "-C", str(_ROOT)]
-    if (
-        _output([*git, "rev-parse", "--show-prefix"]) != "\n"
-    ):  # no checkout, or a folder in somebody else's
-        return "unknown"
-    name = _output([*git, "rev-parse", "--short=12", "HEAD"]).strip()
-    changed = _output([*git, "status", "--porcelain", "--untracked-files=no"]).strip()
-    return name + ("+" if changed else "") if name else "unknown"
+    """The commit of this checkout, with `-dirty` if tracked files have been changed since."""
+    return provenance.git_commit() or "unknown"
 
 
-def command(arguments: Sequence[str], world: int = 1) -> str:
-    """What was typed, without the folders in it."""
-    program = "python -m bench" if world == 1 else f"torchrun --nproc-per-node {world} -m bench"
-    return " ".join([program, *map(_without_folders, arguments)])
+def describe_network(config: ModelConfig) -> str:
+    """The network in a few words."""
+    return f"{config.backbone} of width {config.width}, projector {config.projector}"
+
+
+def command(arguments: Sequence[str], world_size: int = 1) -> str:
+    """The command as it was typed, without the folders in it."""
+    program = "python -m bench"
+    if world_size > 1:
+        program = f"torchrun --nproc-per-node {world_size} -m bench"
+    return " ".join([program, *(_without_folders(word) for word in arguments)])
 
 
 def _without_folders(word: str) -> str:
-    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-    return (
-        option
-        + equals
-        + (Path(value).resolve().name if "/" in value or value in (".", "..") else value)
-    )
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    """A word of the command line, with the last part of its path if it is one."""
+    option, equals, value = "", "", word
+    if word.startswith("-"):
+        option, equals, value = word.partition("=")
+    is_path = "/" in value or value in (".", "..")
+    shown = Path(value).resolve().name if is_path else value
+    return f"{option}{equals}{shown}"

@@ -1,7 +1,8 @@
-"""The authors' training step, written anew from its facts: what ours is measured beside.
+"""The training step of the authors' published code, reimplemented: the baseline of the comparison.
 
-Channels-first and eager; one view after the other; the cross-correlation as a D x D matrix; LARS one parameter at a
-time. Network and update are those of `model`, but for the order of additions.
+Channels-first and eager, one view after the other, the cross-correlation as a D x D matrix, LARS
+one parameter at a time. Network and update compute the same as those of `model`, except for the
+order of additions.
 """
 
 from __future__ import annotations
@@ -14,46 +15,50 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import model
-from experiment.config import ModelConfig
+from experiment import ModelConfig
 
 
 class Network(nn.Module):
-    """From two views [N, 3, S, S] to the loss. Its parameters have the names that `BarlowTwins` gives them."""
+    """From two views [N, 3, S, S] to the loss. Parameters are named as in `model.BarlowTwins`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        backbone = model.build_backbone(config.backbone, config.width, config.small_stem)
-        ours = model.BarlowTwins(backbone, config.projector, config.lambd)
-        with_torchs_batch_norm(ours)
-        self.backbone, self.projector, self.lambd = ours.backbone, ours.projector, config.lambd
-        self.bn = nn.BatchNorm1d(int(config.projector.rpartition("-")[2]), affine=False)
+        twins = model.build_network(config)
+        replace_batch_norm(twins)
+        self.backbone = twins.backbone
+        self.projector = twins.projector
+        self.lambd = config.lambd
+        embedding_width = int(config.projector.rpartition("-")[2])
+        self.bn = nn.BatchNorm1d(embedding_width, affine=False)
 
     def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
-        z_a, z_b = (self.projector(self.backbone(view)) for view in (view_a, view_b))  # [N, D] each
+        z_a = self.projector(self.backbone(view_a))  # [N, D]
+        z_b = self.projector(self.backbone(view_b))
         return loss(self.bn(z_a), self.bn(z_b), self.lambd)
 
 
-def with_torchs_batch_norm(module: nn.Module) -> None:
-    """Puts torch's own layers in the place of ours, which are subclasses of them."""
+def replace_batch_norm(module: nn.Module) -> None:
+    """Replace `model`'s batch norm layers with the layers of torch that they derive from."""
     for name, child in module.named_children():
-        for kind in (nn.BatchNorm1d, nn.BatchNorm2d):
-            if isinstance(child, kind):
-                setattr(module, name, kind(child.num_features))
-        with_torchs_batch_norm(child)
+        for layer_type in (nn.BatchNorm1d, nn.BatchNorm2d):
+            if isinstance(child, layer_type):
+                setattr(module, name, layer_type(child.num_features))
+        replace_batch_norm(child)
 
 
 def loss(a: Tensor, b: Tensor, lambd: float) -> Tensor:
-    """Of normalised embeddings [N, D], by way of the matrix and each of its elements."""
+    """The loss of normalised embeddings [N, D], from every element of the D x D matrix."""
     n, d = a.shape
     c = (a.T @ b).div_(n)  # [D, D]
     on_diagonal = (c.diagonal() - 1).square().sum()
-    # Behind its first element, the matrix is D - 1 rows of D + 1, each with an element of the diagonal at its end.
+    # Without its first element, the matrix is D - 1 rows of D + 1 elements, and the last element of
+    # each row is on the diagonal.
     off_diagonal = c.flatten()[1:].view(d - 1, d + 1)[:, :-1].square().sum()
     return on_diagonal + lambd * off_diagonal
 
 
 class LARS(Optimizer):
-    """One parameter after the other, in single operations. Takes the groups of `model.parameter_groups`."""
+    """LARS in single operations, one parameter at a time, for `model.parameter_groups`."""
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], lr: float, momentum: float, eta: float
@@ -61,13 +66,14 @@ class LARS(Optimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "eta": eta})
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # no closure
+    def step(self) -> None:  # type: ignore[override]  # without a closure
         for group in self.param_groups:
             for p in group["params"]:
                 update = p.grad
                 if group["adapt"]:
                     update = update.add(p, alpha=group["weight_decay"])
-                    p_norm, update_norm = p.norm(), update.norm()
+                    p_norm = p.norm()
+                    update_norm = update.norm()
                     one = torch.ones_like(p_norm)
                     rate = torch.where(update_norm > 0, group["eta"] * p_norm / update_norm, one)
                     update = update.mul(torch.where(p_norm > 0, rate, one))

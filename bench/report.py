@@ -1,4 +1,4 @@
-"""`python -m bench report`: records as the tables and the plot of docs/throughput.md."""
+"""`python -m bench report`: records as the tables of docs/throughput.md, and as a plot."""
 
 from __future__ import annotations
 
@@ -9,168 +9,125 @@ from pathlib import Path
 import tyro
 
 from . import record, tables
-from .record import Record
-from .verdict import E2E, STEP
+from .record import PeerResult, Record
 
-_ROOT = Path(__file__).parent.parent
+_RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
-class Report:
-    """Prints records of the bench as Markdown, and draws them."""
+class ReportOptions:
+    """Prints records of the benchmark as Markdown, and draws them."""
 
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Records, as `python -m bench --json` writes them [default: bench/results/feed-*.json]."""
+    """Records that `python -m bench --json` has written [default: bench/results/feed-*.json]."""
     plot: Path | None = None
     """Picture to draw, for example docs/throughput.png. Needs the dependency group `bench`."""
 
 
 def main(arguments: list[str]) -> int:
-    config = tyro.cli(Report, args=arguments, prog="python -m bench report")
-    files = config.files or tuple(sorted((_ROOT / "bench" / "results").glob("feed-*.json")))
+    """Print the records; draw those that have stages if asked to."""
+    options = tyro.cli(ReportOptions, args=arguments, prog="python -m bench report")
+    files = options.files or tuple(sorted(_RESULTS.glob("feed-*.json")))
     records = [record.read(path) for path in files]
     if not records:
         raise ValueError(
             "there are no records in bench/results: make one with `python -m bench --json FILE`"
         )
-    print("\n\n".join(map(rendered, records)))
-    if config.plot:
-        draw([result for result in records if result.rungs], config.plot)
+    print("\n\n".join(to_markdown(result) for result in records))
+    if options.plot:
+        from .plot import draw
+
+        draw([result for result in records if result.stages], options.plot)
     return 0
 
 
-def rendered(result: Record) -> str:
-    """By what was measured."""
-    return (steps if result.steps else markdown if result.rungs else conversions)(result)
+def to_markdown(result: Record) -> str:
+    """The record as Markdown, whichever command made it."""
+    if result.steps:
+        return _steps(result)
+    if result.conversions:
+        return _conversions(result)
+    return _stages(result)
 
 
-def steps(result: Record) -> str:
-    """What `python -m bench step` has measured."""
-    s = result.settings
-    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    said = " ".join([*(f"{what}." for what in s["skipped"]), *result.verdict])
+def _stages(result: Record) -> str:
+    settings = result.settings
+    per_unit = "per core or GPU" if result.machine.gpu else "per core"
+    headers = ("stage", "images/s", "±", per_unit, tables.ROOFLINE_HEADER)
     lines = [
-        f"{_where(result)}; {s['network']}; the loss at D {s['loss']['d']} ({versions}).",
+        f"{_origin(result)}; decoder {settings['decoder']}, batch {settings['batch_size']}, "
+        f"{settings['network']} ({_versions(result)}).",
         "",
-        *_table(tables.STEP_HEADERS, [tables.row_of_step(step, result) for step in result.steps]),
-        "",
-        tables.STEP_COLUMNS,
-        "",
-        said,
-    ]
-    return "\n".join(lines)
-
-
-def markdown(result: Record) -> str:
-    """The ladder, the peers and the verdict."""
-    m, s = result.machine, result.settings
-    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    lines = [
-        f"{_where(result)}; decoder {s['decoder']}, batch {s['batch_size']}, {s['network']} ({versions}).",
-        "",
-        *_table(
-            ("rung", "images/s", "±", "per core" if not m.gpu else "per core or GPU", "reaches"),
-            [tables.row(rung, result) for rung in result.rungs],
-        ),
+        *_table(headers, [tables.stage_row(stage, result) for stage in result.stages]),
         "",
         " ".join(result.verdict),
     ]
-    if result.contenders:
-        rows = [
-            (
-                c.name,
-                tables.number(c.rates.median),
-                f"{c.rates.spread:.0%}",
-                f"{c.ratio:.2f}",
-                c.differs or "nothing",
-            )
-            for c in result.contenders
-        ]
-        headers = (
-            "two views on one core",
-            "images/s",
-            "±",
-            "to the authors'",
-            "differs from the paper in",
-        )
-        lines += ["", *_table(headers, rows)]
+    if result.peers:
+        lines += ["", *_peer_table(result.peers)]
     return "\n".join(lines)
 
 
-def conversions(result: Record) -> str:
-    """What `python -m bench convert` has measured."""
-    rows = [
-        (
-            c.name,
-            tables.number(c.rates.median),
-            f"{c.rates.spread:.0%}",
-            f"{c.ratio:.2f}",
-            c.differs or "itself",
-        )
-        for c in result.contenders
-    ]
+def _peer_table(peers: Sequence[PeerResult]) -> list[str]:
+    headers = (
+        "two views on one core",
+        "images/s",
+        "±",
+        "to the authors'",
+        "differs from the paper in",
+    )
+    rows = [(*tables.ratio_row(peer.name, peer), peer.differs or "nothing") for peer in peers]
+    return _table(headers, rows)
+
+
+def _conversions(result: Record) -> str:
+    headers = ("conversion", "images/s", "±", "ratio", "to that of")
+    rows = []
+    for one in result.conversions:
+        against = "itself" if one.against == one.name else one.against
+        rows.append((*tables.ratio_row(one.name, one), against))
+    return "\n".join([f"{_origin(result)}.", "", *_table(headers, rows)])
+
+
+def _steps(result: Record) -> str:
+    settings = result.settings
+    skipped = [f"{line}." for line in settings["skipped"]]
     lines = [
-        f"{_where(result)}.",
+        f"{_origin(result)}; {settings['network']}; the loss at D {settings['loss']['d']} "
+        f"({_versions(result)}).",
         "",
-        *_table(("conversion", "images/s", "±", "ratio", "to that of"), rows),
+        *_table(tables.STEP_HEADERS, [tables.step_row(step, result) for step in result.steps]),
+        "",
+        tables.STEP_COLUMNS,
+        "",
+        " ".join([*skipped, *result.verdict]),
     ]
     return "\n".join(lines)
 
 
-def _where(result: Record) -> str:
+def _origin(result: Record) -> str:
     """The command, the machine and the images."""
-    m, d = result.machine, result.data
-    gpu = (
-        f", {m.gpu} at {m.gpu_power_limit_w:.0f} W"
-        if m.gpu and m.gpu_power_limit_w
-        else f", {m.gpu}"
-        if m.gpu
-        else ""
-    )
+    data = result.data
     return (
-        f"`{result.command}` at {result.commit}: {m.cpu}, {m.cores} cores{gpu}; {d.images:,} {d.name} of "
-        f"{d.mean_width:.0f} x {d.mean_height:.0f} px and {d.mean_bytes / 1000:.0f} kB"
+        f"`{result.command}` at {result.commit}: {_hardware(result)}; {data.images:,} {data.name} "
+        f"of {data.mean_width:.0f} x {data.mean_height:.0f} px and {data.mean_bytes / 1000:.0f} kB"
     )
+
+
+def _hardware(result: Record) -> str:
+    machine = result.machine
+    text = f"{machine.cpu}, {machine.cores} cores"
+    if machine.gpu:
+        text += f", {machine.gpu}"
+    if machine.gpu and machine.gpu_power_limit_w:
+        text += f" at {machine.gpu_power_limit_w:.0f} W"
+    return text
+
+
+def _versions(result: Record) -> str:
+    return ", ".join(f"{name} {version}" for name, version in result.versions.items())
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    aligned = ["---", *("---:" for _ in headers[1:-1]), "---"]
-    return [f"| {' | '.join(cells)} |" for cells in (headers, aligned, *rows)]
-
-
-def draw(records: Sequence[Record], path: Path) -> None:
-    """A row of two panels for each record: the ladder on a logarithmic scale, and the contest."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("the plot needs matplotlib: `uv sync --group bench`") from None
-    figure = Figure(figsize=(11, 3.6 * len(records)), layout="constrained")
-    for panels, result in zip(
-        figure.subplots(len(records), 2, squeeze=False), records, strict=True
-    ):
-        left, right = panels
-        rungs = result.rungs[::-1]
-        colours = [
-            "#d1495b" if rung.name == E2E else "#8d96a3" if rung.name == STEP else "#2e86ab"
-            for rung in rungs
-        ]
-        medians = [rung.rates.median for rung in rungs]
-        bars = left.barh([rung.name for rung in rungs], medians, color=colours)
-        left.bar_label(bars, [f" {tables.number(median)}" for median in medians])
-        left.set_xscale("log")
-        left.set_xlim(min(medians) / 3, max(medians) * 6)
-        left.set_xlabel("two-view images/s")
-        left.set_title(
-            f"{result.machine.gpu or result.machine.cpu}, {result.settings['threads']} threads"
-        )
-        contenders = result.contenders[::-1]
-        ours = ["#d1495b" if c.name.startswith("twinfeed") else "#8d96a3" for c in contenders]
-        bars = right.barh(
-            [c.name for c in contenders], [c.rates.median for c in contenders], color=ours
-        )
-        right.bar_label(bars, [f" {c.ratio:.1f}x" for c in contenders])
-        right.set_xlabel("two-view images/s on one core")
-        right.margins(x=0.15)
-        for panel in panels:
-            panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    """Lines of a Markdown table: the first and last columns are text, the others figures."""
+    alignment = ["---", *("---:" for _ in headers[1:-1]), "---"]
+    return [f"| {' | '.join(cells)} |" for cells in (headers, alignment, *rows)]

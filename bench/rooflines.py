@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import model
-from experiment.presets import ModelConfig
+from experiment import ModelConfig
 
 from .step_cost import step_flop
 

@@ -1,4 +1,4 @@
-"""A record at the terminal."""
+"""Prints records at the terminal, and makes the rows that the terminal and `report.py` share."""
 
 from __future__ import annotations
 
@@ -9,141 +9,166 @@ from rich.text import Text
 
 from experiment import Console
 
-from .record import Contender, Record, Rung, Step
+from .record import ConversionRate, PeerResult, Rates, Record, StageResult, StepResult
+
+STEP_HEADERS = ("step", "batch", "images/s", "±", "ms", "ratio", "GiB", "bytes", "flop")
+STEP_COLUMNS = (
+    "Ratio: rate / rate of the authors'. Bytes and flop: the rate as a fraction of what the "
+    "memory allows operation by operation, and of what the multiplications allow."
+)
+ROOFLINE_HEADER = "roofline reached"
+
+_NOT_FROM_DISK = 0.9  # a cold read with a lower fraction from the disk is pointed out
 
 
-def record(result: Record, console: Console) -> None:
-    """The ladder, the peers and the verdict."""
-    m, d, s = result.machine, result.data, result.settings
-    gpu = f", {m.gpu} ({m.gpu_power_limit_w or '?'} W)" if m.gpu else ""
-    console.print(
-        f"\n{m.cpu}, {m.cores} cores{gpu}; decoder {s['decoder']}, {s['threads']} threads, batch {s['batch_size']}"
-    )
-    console.print(
-        f"{d.images:,} {d.name}: {d.mean_width:.0f} x {d.mean_height:.0f} px, {d.mean_bytes / 1000:.0f} kB; "
-        f"two views of {s['size']} px; {s['network']}\n"
-    )
-    each = "per core or GPU" if m.gpu else "per core"
-    console.rich.print(
-        _table(
-            ("rung", "images/s", "+-", each, "reaches"),
-            [row(rung, result) for rung in result.rungs],
-        )
-    )
-    if (read := s["cold_read_from_disk"]) is not None and read < 0.9:
+def print_stages(result: Record, console: Console) -> None:
+    """Print what `python -m bench` measured: the stages, the peers and the verdict."""
+    _print_conditions(result, console)
+    per_unit = "per core or GPU" if result.machine.gpu else "per core"
+    headers = ("stage", "images/s", "±", per_unit, ROOFLINE_HEADER)
+    rows = [stage_row(stage, result) for stage in result.stages]
+    console.rich.print(_table(headers, rows))
+
+    from_disk = result.settings["cold_read_from_disk"]
+    if from_disk is not None and from_disk < _NOT_FROM_DISK:
         console.print(
-            f"Only {read:.0%} of the cold read came from the disk: the system keeps the files in its memory."
+            f"Only {from_disk:.0%} of the cold read came from the disk: "
+            "the system keeps the files in its memory."
         )
-    if s["ranks"] > 1:
+    if result.settings["ranks"] > 1:
         console.print("")
-        console.rich.print(_ranks(result.rungs))
-    if result.contenders:
-        console.print("")
-        contest = [
-            (c.name, number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}")
-            for c in result.contenders
-        ]
-        console.rich.print(_table(("two views on one core", "images/s", "+-", "ratio"), contest))
-        console.print("\nWhat differs from the paper:")
-        for c in result.contenders:
-            if c.differs:
-                console.print(f"  {c.name}: {c.differs}")
+        console.rich.print(_rank_table(result.stages))
+    if result.peers:
+        _print_peers(result.peers, console)
     console.print("")
     for sentence in result.verdict:
         console.print(sentence)
 
 
-def conversions(result: Record, console: Console) -> None:
-    """What `python -m bench convert` has measured."""
-    m, d = result.machine, result.data
+def _print_conditions(result: Record, console: Console) -> None:
+    settings = result.settings
+    data = result.data
     console.print(
-        f"\n{m.cpu}, {m.cores} cores; {d.images:,} {d.name}, {d.mean_bytes / 1000:.0f} kB\n"
+        f"\n{_hardware(result)}; decoder {settings['decoder']}, {settings['threads']} threads, "
+        f"batch {settings['batch_size']}"
     )
-    rows = [
-        (c.name, number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}")
-        for c in result.contenders
-    ]
-    console.rich.print(_table(("conversion", "images/s", "+-", "to FFCV's"), rows))
-
-
-STEP_HEADERS = ("step", "batch", "images/s", "+-", "ms", "ratio", "GiB", "bytes", "flop")
-STEP_COLUMNS = (
-    "Ratio: of the rate to the authors'. Bytes, flop: the rate as a fraction of what the memory allows operation "
-    "by operation, and of what the multiplications allow."
-)
-
-
-def steps(result: Record, console: Console) -> None:
-    """What `python -m bench step` has measured."""
-    m, loss = result.machine, result.settings["loss"]
-    gpu = f", {m.gpu} ({m.gpu_power_limit_w or '?'} W)" if m.gpu else ""
     console.print(
-        f"\n{m.cpu}, {m.cores} cores{gpu}; {result.settings['network']}; the loss at D {loss['d']}"
+        f"{data.images:,} {data.name}: {data.mean_width:.0f} x {data.mean_height:.0f} px, "
+        f"{data.mean_bytes / 1000:.0f} kB; two views of {settings['size']} px; "
+        f"{settings['network']}\n"
+    )
+
+
+def _print_peers(peers: Sequence[PeerResult], console: Console) -> None:
+    console.print("")
+    headers = ("two views on one core", "images/s", "±", "ratio")
+    console.rich.print(_table(headers, [ratio_row(peer.name, peer) for peer in peers]))
+    console.print("\nDifferences from the paper:")
+    for peer in peers:
+        if peer.differs:
+            console.print(f"  {peer.name}: {peer.differs}")
+
+
+def print_conversions(result: Record, console: Console) -> None:
+    """Print what `python -m bench convert` measured."""
+    data = result.data
+    console.print(
+        f"\n{_hardware(result)}; {data.images:,} {data.name}, {data.mean_bytes / 1000:.0f} kB\n"
+    )
+    headers = ("conversion", "images/s", "±", "to FFCV's")
+    console.rich.print(_table(headers, [ratio_row(one.name, one) for one in result.conversions]))
+
+
+def print_steps(result: Record, console: Console) -> None:
+    """Print what `python -m bench step` measured."""
+    settings = result.settings
+    console.print(
+        f"\n{_hardware(result)}; {settings['network']}; the loss at D {settings['loss']['d']}"
     )
     console.print(f"{STEP_COLUMNS}\n")
-    console.rich.print(_table(STEP_HEADERS, [row_of_step(step, result) for step in result.steps]))
+    console.rich.print(_table(STEP_HEADERS, [step_row(step, result) for step in result.steps]))
     console.print("")
-    for sentence in [*result.settings["skipped"], *result.verdict]:
+    for sentence in [*settings["skipped"], *result.verdict]:
         console.print(sentence)
 
 
-def row_of_step(step: Step, result: Record) -> tuple[str, ...]:
-    """Under STEP_HEADERS. For the loss alone there are no rooflines."""
-    bounds = (
-        result.bounds[f"{what}, {step.precision}"] for what in ("memory traffic", "multiplications")
-    )
-    reached = (
-        ("", "")
-        if "loss," in step.name
-        else (f"{step.rates.median / bound:.0%}" for bound in bounds)
-    )
-    ratio = "" if step.ratio is None else f"{step.ratio:.2f}"
-    memory = "" if step.memory_gib is None else f"{step.memory_gib:.3g}"
-    figures = (
-        number(step.rates.median),
-        f"{step.rates.spread:.0%}",
+def stage_row(stage: StageResult, result: Record) -> tuple[str, ...]:
+    """Name, rate, spread, rate per core or GPU, and the fraction of the roofline."""
+    cores = {"cores": result.settings["threads"], "one core": 1}.get(stage.resource, 1)
+    per_unit = ""
+    if stage.resource not in ("disk", "bus"):
+        per_unit = number(stage.rates.median / cores)
+    reached = ""
+    if stage.roofline:
+        reached = f"{stage.rates.median / stage.roofline:.0%} of {stage.roofline_name}"
+    return stage.name, *_rate_and_spread(stage.rates), per_unit, reached
+
+
+def ratio_row(name: str, result: PeerResult | ConversionRate) -> tuple[str, ...]:
+    """Name, rate, spread, and the ratio to what it is compared with."""
+    return name, *_rate_and_spread(result.rates), f"{result.ratio:.2f}"
+
+
+def step_row(step: StepResult, result: Record) -> tuple[str, ...]:
+    """A row under STEP_HEADERS. The loss alone has no rooflines."""
+    fractions = ["", ""]
+    if "loss," not in step.name:
+        bounds = [
+            result.bounds[f"memory traffic, {step.precision}"],
+            result.bounds[f"multiplications, {step.precision}"],
+        ]
+        fractions = [f"{step.rates.median / bound:.0%}" for bound in bounds]
+    return (
+        step.name,
+        str(step.batch_size),
+        *_rate_and_spread(step.rates),
         number(step.ms),
-        ratio,
-        memory,
+        "" if step.ratio is None else f"{step.ratio:.2f}",
+        "" if step.memory_gib is None else f"{step.memory_gib:.3g}",
+        *fractions,
     )
-    return step.name, str(step.batch_size), *figures, *reached
 
 
-def row(rung: Rung, result: Record) -> tuple[str, str, str, str, str]:
-    """Name, rate, spread, rate per core or GPU, and the fraction of the ceiling."""
-    cores = {"cores": result.settings["threads"], "one core": 1}.get(rung.on, 1)
-    each = "" if rung.on in ("disk", "bus") else number(rung.rates.median / cores)
-    reached = f"{rung.rates.median / rung.ceiling:.0%} of {rung.ceiling_is}" if rung.ceiling else ""
-    return rung.name, number(rung.rates.median), f"{rung.rates.spread:.0%}", each, reached
+def _rank_table(stages: Sequence[StageResult]) -> Table:
+    ranks = len(stages[0].ranks)
+    headers = ("stage", f"{ranks} ranks in total", "per rank", "one alone", "lost to contention")
+    return _table(headers, [_rank_row(stage) for stage in stages])
 
 
-def _ranks(rungs: Sequence[Rung]) -> Table:
-    count = len(rungs[0].ranks)
-    headers = ("rung", f"{count} ranks in sum", "per rank", "one alone", "contention costs")
-    return _table(headers, [_row_of_ranks(rung, count) for rung in rungs])
+def _rank_row(stage: StageResult) -> tuple[str, ...]:
+    assert stage.alone is not None
+    return (
+        stage.name,
+        number(stage.total),
+        number(stage.total / len(stage.ranks)),
+        number(stage.alone.median),
+        f"{max(0.0, stage.contention):.0%}",
+    )
 
 
-def _row_of_ranks(rung: Rung, count: int) -> tuple[str, ...]:
-    assert rung.alone is not None
-    rates = (rung.total, rung.total / count, rung.alone.median)
-    return rung.name, *map(number, rates), f"{max(0.0, rung.contention):.0%}"
+def _rate_and_spread(rates: Rates) -> tuple[str, str]:
+    return number(rates.median), f"{rates.spread:.0%}"
 
 
-def _row_of_contest(c: Contender) -> tuple[str, ...]:
-    return c.name, number(c.rates.median), f"{c.rates.spread:.0%}", f"{c.ratio:.2f}"
+def _hardware(result: Record) -> str:
+    machine = result.machine
+    text = f"{machine.cpu}, {machine.cores} cores"
+    if machine.gpu:
+        text += f", {machine.gpu} ({machine.gpu_power_limit_w or '?'} W)"
+    return text
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Figures to the right. A line is never broken: on a narrow terminal it is cut."""
+    """Figures are aligned to the right. A narrow terminal cuts lines and never breaks them."""
     table = Table(box=None, pad_edge=False)
-    for i, header in enumerate(headers):
-        figure = i > 0 and header != "reaches"
-        table.add_column(header, justify="right" if figure else "left", no_wrap=True)
+    for column, header in enumerate(headers):
+        is_text = column == 0 or header == ROOFLINE_HEADER
+        table.add_column(header, justify="left" if is_text else "right", no_wrap=True)
     for cells in rows:
-        table.add_row(*map(Text, cells))
+        table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
 def number(rate: float) -> str:
-    """Three significant digits."""
+    """A rate with three significant digits."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
