@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pipeline.loader
-from bench.stages import _bytes_from_disk
+from bench.stages import bytes_read_from_disk
 from pipeline import (
     FOR_ANY_STORE,
     Batch,
@@ -273,9 +273,9 @@ def test_all_that_is_asked_for_is_fetched_from_the_disk(tmp_path: Path) -> None:
         os.sync()
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            before = _bytes_from_disk()
+            before = bytes_read_from_disk()
             work()
-            return (_bytes_from_disk() or 0) - (before or 0)
+            return (bytes_read_from_disk() or 0) - (before or 0)
 
     if not read(path.read_bytes):
         pytest.skip("the temporary folder is not on a disk whose reads are counted")
