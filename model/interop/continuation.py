@@ -1,4 +1,4 @@
-"""Pretraining that goes on from another project's file."""
+"""Starting a pretraining run from the checkpoint of another project."""
 
 from __future__ import annotations
 
@@ -12,52 +12,41 @@ from ..backbone import build_backbone
 from ..barlow_twins import BarlowTwins
 from ..checkpoint import configuration_changes
 from ..lars import LARS, parameter_groups
-from .layouts import architecture, find_weights, stem_padding
+from .reading import parse_weights
 from .safe_load import safe_load
+from .weights import Weights, find_architecture, small_stem_padding
 
 
 def continue_from(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a new run goes on from, as in a checkpoint: "model", "optimizer", "scaler", "step".
+    """The state that a new run starts from, with the weights of another project.
 
-    The network is that of a pretraining checkpoint in any of LAYOUTS. Of the authors' checkpoint.pth come the momenta
-    and the epoch too; with any other, the optimizer begins anew at step 0. `settings`: those that a checkpoint of ours
-    keeps. ValueError where the file does not fit them.
+    From the authors' checkpoint.pth, momenta and epoch are taken over too. From any other file, the
+    optimizer starts anew at step 0.
+
+    Args:
+        path: A pretraining checkpoint in any of `LAYOUTS`.
+        settings: Those of the run, as our checkpoints contain them.
+
+    Returns:
+        A checkpoint with "model", "optimizer", "scaler" and "step".
+
+    Raises:
+        ValueError: The file cannot be read, has no projector, or does not fit the settings.
     """
     content = safe_load(path)
-    weights = find_weights(content, path)
-    if not weights.projector:
-        raise ValueError(
-            f"{path} has no projector, which pretraining goes on with: name a whole checkpoint"
-        )
-    there = architecture(weights) or {}
-    here = {name: settings[name] for name in there}
-    if there["small_stem"]:
-        there["stem_padding"], here["stem_padding"] = stem_padding(weights), 1
-    if changes := configuration_changes(there, here):
-        raise ValueError(f"{path} does not fit this configuration: {'; '.join(changes)}")
+    weights = parse_weights(content, path)
+    _check_architecture(weights, settings, path)
+
     with torch.device("meta"):
         backbone = build_backbone(settings["backbone"], settings["width"], settings["small_stem"])
         network = BarlowTwins(backbone, settings["projector"], settings["lambd"])
     network.backbone.load_state_dict(weights.backbone, assign=True)
     network.projector.load_state_dict(weights.projector, assign=True)
-    optimizer, step = LARS(parameter_groups(network, 0.0)), 0
+    optimizer = LARS(parameter_groups(network, weight_decay=0.0))
+
+    step = 0
     if weights.layout == "barlowtwins" and "optimizer" in content:
-        try:
-            epoch = content["epoch"]  # the next one that they would have begun
-            _take_momenta(optimizer, content["optimizer"], settings["lr"], settings["lr_biases"])
-        except (
-            KeyError,
-            IndexError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            ArithmeticError,
-        ) as error:
-            raise ValueError(
-                f"{path} has not the optimizer of the authors' main.py: {error!r}"
-            ) from None
-        if epoch >= settings["epochs"]:
-            raise ValueError(f"{path} has {epoch} epochs behind it: --epochs must be more")
+        epoch = _restore_authors_optimizer(optimizer, content, settings, path)
         step = epoch * (settings["images"] // settings["batch_size"])
     scaler = torch.amp.GradScaler("cpu")
     return {
@@ -68,21 +57,71 @@ def continue_from(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _take_momenta(optimizer: LARS, theirs: Mapping[str, Any], lr: float, lr_biases: float) -> None:
-    """Both optimizers have two groups, weights and one-dimensional parameters, in the order of the network's.
+def _check_architecture(weights: Weights, settings: Mapping[str, Any], path: Path) -> None:
+    if not weights.projector:
+        raise ValueError(
+            f"{path} has no projector, which pretraining needs: name a whole pretraining checkpoint"
+        )
+    architecture = find_architecture(weights)
+    assert architecture is not None  # parse_weights has checked that
+    saved: dict[str, Any] = architecture._asdict()
+    current = {name: settings[name] for name in saved}
+    if architecture.small_stem:
+        saved["stem_padding"] = small_stem_padding(weights.layout)
+        current["stem_padding"] = small_stem_padding("twinfeed")
+    changes = configuration_changes(saved, current)
+    if changes:
+        raise ValueError(f"{path} does not fit this configuration: {'; '.join(changes)}")
 
-    Momenta of weights are sums of gradients that LARS has normalised, so they are the same here. Those of the others
-    are sums of gradients W times too small, which they multiply by a rate W times higher (docs/method.md, "The scale of
-    the gradient"). What may not jump is their product: momenta are multiplied by their rate over ours. Both relative to
-    the rate of the weights, since the file has rates of one step, and a run may go on with another batch.
+
+def _restore_authors_optimizer(
+    optimizer: LARS, content: Mapping[str, Any], settings: Mapping[str, Any], path: Path
+) -> int:
+    """Take over the momenta of the authors' checkpoint. Returns the number of finished epochs."""
+    try:
+        epoch = int(content["epoch"])  # the next one to train, counted from 0
+        _take_momenta(optimizer, content["optimizer"], settings["lr"], settings["lr_biases"])
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        raise ValueError(
+            f"{path} does not contain the optimizer of the authors' main.py: {error!r}"
+        ) from None
+    if epoch >= settings["epochs"]:
+        raise ValueError(f"{path} has {epoch} finished epochs: --epochs must be more")
+    return epoch
+
+
+def _take_momenta(optimizer: LARS, saved: Mapping[str, Any], lr: float, lr_biases: float) -> None:
+    """Set the momenta to those of the authors' optimizer.
+
+    Both optimizers have two groups, weights and one-dimensional parameters, each in the order of
+    the network's parameters.
+
+    The momenta of weights are sums of gradients that LARS has normalised, so they are the same
+    here. Those of the other parameters are sums of gradients that are W times too small (W: number
+    of GPUs), which the authors multiply by a learning rate that is W times higher; see
+    docs/method.md, "The scale of the gradient". The product of rate and momentum is the step, and
+    must not jump. So these momenta are multiplied by their rate over ours. Both rates are taken
+    relative to the rate of the weights, because the file has the rates of one step of the schedule,
+    and the run may use another batch size.
     """
-    (weights, biases), state = theirs["param_groups"], theirs["state"]
-    scale = biases["lr"] / weights["lr"] * lr / lr_biases if lr_biases else 0.0
-    for factor, group, own in zip(
-        (1.0, scale), (weights, biases), optimizer.param_groups, strict=True
+    saved_weights, saved_biases = saved["param_groups"]
+    bias_factor = 0.0
+    if lr_biases:
+        bias_factor = saved_biases["lr"] / saved_weights["lr"] * lr / lr_biases
+    weights, biases = optimizer.param_groups
+    for factor, saved_group, group in (
+        (1.0, saved_weights, weights),
+        (bias_factor, saved_biases, biases),
     ):
-        for number, p in zip(group["params"], own["params"], strict=True):
-            mu = state[number]["mu"]
+        for number, p in zip(saved_group["params"], group["params"], strict=True):
+            mu = saved["state"][number]["mu"]
             if mu.shape != p.shape:
-                raise ValueError(f"momenta {list(mu.shape)} for a parameter {list(p.shape)}")
+                raise ValueError(f"a momentum of {list(mu.shape)} for a parameter {list(p.shape)}")
             optimizer.state[p]["mu"] = mu.float() * factor

@@ -111,7 +111,7 @@ def test_checkpoints_that_are_no_files_or_are_damaged_in_what_they_say(
         tried("pipe.pth"), "pipe.pth is a directory, pipe or device"
     )  # and it is not waited for
     Path("empty").mkdir()
-    refused(tried("empty"), "empty holds no checkpoint.pt", "name the file")
+    refused(tried("empty"), "empty has no checkpoint.pt", "name the file")
     weights = torch.load(pretrained / "backbone.pth", weights_only=True)
     torch.save(weights | {"conv1.weight": weights["conv1.weight"] / 0}, "nan.pth")
     refused(tried("nan.pth"), "nan.pth", "conv1.weight", "not finite")

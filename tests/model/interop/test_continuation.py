@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path: Path) -> None:
     wrong("projector: 24-24-16 saved, 8192-8192-8192 now", projector="8192-8192-8192")
     wrong("backbone: resnet18 saved, resnet50 now", backbone="resnet50")
     wrong("width: 64 saved, 32 now", width=32)
-    wrong("has 4 epochs behind it: --epochs must be more", epochs=4)
+    wrong("has 4 finished epochs: --epochs must be more", epochs=4)
     optimizer = torch.load(path, weights_only=False)["optimizer"]
     for bad in (
         {},
@@ -248,12 +248,12 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path: Path) -> None:
         optimizer | {"state": {}},
     ):
         theirs.save(path, optimizer=bad)
-        wrong("has not the optimizer of the authors' main.py")
+        wrong("does not contain the optimizer of the authors' main.py")
     backwards = dict(zip(optimizer["state"], reversed(optimizer["state"].values()), strict=True))
     theirs.save(path, optimizer=optimizer | {"state": backwards})
-    wrong("momenta .* for a parameter")
+    wrong("a momentum of .* for a parameter")
     torch.save(theirs.network.backbone.state_dict(), path)
-    wrong("has no projector, which pretraining goes on with")
+    wrong("has no projector, which pretraining needs")
 
 
 def test_solo_learns_small_stem_is_another_network(tmp_path: Path) -> None:

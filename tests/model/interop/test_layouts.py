@@ -567,7 +567,7 @@ def test_what_does_not_fit_is_counted_and_named(tmp_path: Path) -> None:
 def test_other_networks_are_no_resnet_of_ours(tmp_path: Path) -> None:
     path, knows = (
         tmp_path / "x.pth",
-        "holds no ResNet that twinfeed knows (resnet18, resnet34, resnet50, resnet101)",
+        "contains no ResNet that twinfeed knows (resnet18, resnet34, resnet50, resnet101)",
     )
     with torch.device("meta"):
         others = {

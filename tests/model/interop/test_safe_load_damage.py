@@ -32,8 +32,8 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path) -> None:
         b"": ["empty"],
         b"\n<!DOCTYPE html><html>404": ["web page", "download"],
         b"version https://git-lfs.github.com/spec/v1\n": ["git lfs pull"],
-        b"\xff\xd8\xff\xe0 a photograph": ["no torch file"],
-        pickle.dumps({"a": 1}): ["no torch file"],
+        b"\xff\xd8\xff\xe0 a photograph": ["not a torch file"],
+        pickle.dumps({"a": 1}): ["not a torch file"],
     }.items():
         (tmp_path / "x.pt").write_bytes(content)
         unreadable(tmp_path / "x.pt", *words)
