@@ -1,12 +1,17 @@
-"""Encoded images -> distorted views on the device. The front door: open_store, open_loader, Batch.
+"""Encoded images in, distorted views on the device out.
 
-In somebody else's training loop:
+Start at `open_store` and `open_loader`, in a training loop of your own:
 
     store = open_store("photos")
-    loader = open_loader(store, barlow_twins(224), LoaderOptions(batch_size=256, device="cuda"))
+    options = LoaderOptions(batch_size=256, device="cuda")
+    loader = open_loader(store, barlow_twins(224), options)
     for epoch in range(100):
         for (view_a, view_b), labels, samples in loader.epoch(epoch):
             ...
+
+Then read `loader.py`, which ties the parts together: a store (`stores/`, `formats/`), the order of
+its samples (`order.py`), the random parameters of their views (`recipe.py`), a decoder
+(`decoders/`) and the distortions (`distort.py`). `conversion/` writes record files.
 """
 
 from __future__ import annotations
@@ -48,17 +53,15 @@ __all__ = [
     "FOR_ANY_STORE",
     "BadImage",
     "Batch",
+    "ConversionOptions",
+    "ConversionProgress",
+    "ConversionResult",
     "Loader",
     "LoaderOptions",
     "MemoryStore",
     "Recipe",
-    "ConversionOptions",
-    "ConversionResult",
     "Store",
     "Subset",
-    "ConversionProgress",
-    "random_subset",
-    "stratified_subset",
     "barlow_twins",
     "cache_folder",
     "center_view",
@@ -72,10 +75,12 @@ __all__ = [
     "find_splits",
     "fingerprint",
     "hold_out",
-    "subset_from_list",
     "open_loader",
     "open_store",
     "open_voc",
+    "random_subset",
+    "stratified_subset",
+    "subset_from_list",
     "usable_cores",
     "verify_store",
     "view_grid",
@@ -86,16 +91,33 @@ __all__ = [
 
 
 def open_store(path: str | Path, progress: Progress = lambda done, total: None) -> Store:
-    """The encoded images at `path`: a folder, with or without a sub-folder for each class, or one of FORMATS.
+    """Open the images at `path`.
 
-    progress(done, total) is called while it is indexed. ValueError where there is nothing to train on.
+    Args:
+        path: A folder of images, with or without a sub-folder for each class, or a data set in
+            one of FORMATS.
+        progress: Called as progress(done, total) while the images are indexed.
+
+    Raises:
+        ValueError: If `path` holds no images that can be used.
     """
-    format = find_format(Path(path))
-    return (
-        FORMATS[format].open(Path(path), progress) if format else FolderStore(Path(path), progress)
-    )
+    path = Path(path)
+    format = find_format(path)
+    if format is None:
+        return FolderStore(path, progress)
+    return FORMATS[format].open(path, progress)
 
 
 def open_loader(store: Store, recipe: Recipe, options: LoaderOptions) -> Loader:
-    """Batches of `store` distorted by `recipe`, decoded by the decoder that `options` name."""
+    """Make a loader: batches of the images of `store`, distorted by `recipe`.
+
+    Args:
+        store: The encoded images, from `open_store`.
+        recipe: How an image becomes views, for example `barlow_twins(224)`.
+        options: Batch size, order, decoder, device and so on.
+
+    Raises:
+        ValueError: If the decoder is unknown or cannot be imported, or if there are fewer images
+            than one batch.
+    """
     return Loader(store, recipe, open_decoder(store, recipe, options), options)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .machine import BufferPool
+from .buffer_pool import BufferPool
 from .recipe import (
     BRIGHTNESS,
     CONTRAST,

@@ -1,11 +1,13 @@
-"""Store, order, recipe, decoder and distortions tied together: batches that are ready for the network."""
+"""`Loader`: ties store, order, recipe, decoder and distortions together into batches.
+
+A step passes through four stages: plan (samples and random parameters) -> decode and crop ->
+replace bad samples -> distort.
+"""
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import NamedTuple
@@ -15,61 +17,61 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .background import BackgroundIterator
+from .buffer_pool import BufferPool
 from .decoders import Boxes, Decoder
 from .distort import distort
 from .images import BadImage, decode
-from .machine import BufferPool, single_threaded_workers, usable_cores
+from .machine import single_threaded_workers, usable_cores
 from .options import LoaderOptions
-from .order import (
-    BLOCKS_MIXED,
-    Samples,
-    block_order,
-    epoch_order,
-    replacements,
-    step_positions,
-    steps_per_epoch,
-)
+from .order import Samples, epoch_order, replacements, step_positions, steps_per_epoch
+from .prefetch import Prefetcher, PrefetchPlan
 from .recipe import Recipe, ViewParams, draw
 from .stores import Store
 
-_BATCHES_READY = 2  # distorted batches that wait for the consumer
-_FETCHED = (
-    256  # samples that the store is asked to fetch at once: who closes the loader waits for no more
-)
-_BAD_IN_A_ROW = (
-    1000  # bad images without a good one between them: no longer a few that can be replaced
-)
+_BATCHES_READY = 2  # finished batches that wait for the consumer
+_BAD_IN_A_ROW = 1000  # consecutive bad images at which the loader gives up replacing them
 
 
 class Batch(NamedTuple):
-    """What one training step needs."""
+    """The images of one step."""
 
-    views: tuple[
-        Tensor, ...
-    ]  # each [B, 3, S, S], channels_last, normalised, on the loader's device
-    labels: Tensor  # int64 [B], -1 where there is none; on the device
-    samples: Tensor  # int64 [B], positions in the store; on the host
+    views: tuple[Tensor, ...]  # each [B, 3, S, S], channels_last, normalised; on the device
+    labels: Tensor  # int64 [B], -1 for images without a label; on the device
+    samples: Tensor  # int64 [B], positions in the store; on the CPU
 
 
 class PlannedBatch(NamedTuple):
-    """What is decided about a step before anything is read: a function of the step, and of which images are bad."""
+    """What is decided about a step before any image is read.
+
+    It depends on the step, and on which images are known to be bad.
+    """
 
     epoch: int
-    order: Samples  # of the whole epoch
-    positions: Samples  # [B] in that order
+    order: Samples  # of the whole epoch, [n]
+    positions: Samples  # in that order, [B]
     samples: Samples  # [B]
     params: ViewParams
 
 
 class Loader:
-    """Batches of a store, the same for any decoder and number of threads.
+    """Iterates over the batches of a store, from any step on.
 
-    With `shuffle`, every epoch is a permutation in batches of one size and the rest is dropped; a sample that turns
-    out bad is replaced by a later one of the same epoch. Without it (evaluation) samples come in the store's order,
-    the last batch is short, and a bad sample is left out. `bad` maps each bad sample found so far to the reason.
+    The batches depend only on the store, the recipe, the options and the decoder, not on the
+    number of threads. A bad sample (an image that does not decode) is handled as
+    `LoaderOptions.shuffle` describes.
 
-    `shuffle_block` is the block of `epoch_order`, in samples. A store of records is then fetched ahead, one window of
-    blocks while another is used: two have to fit into the system's file cache. The ranks of a machine share them.
+    Args:
+        store: The encoded images.
+        recipe: How an image becomes views.
+        decoder: Decodes and crops the images; see `open_decoder`.
+        options: Batch size, order, device and so on.
+
+    Attributes:
+        bad: The bad samples that were found so far, and for each the reason.
+
+    Raises:
+        ValueError: If there are fewer images than one batch, and samples are shuffled.
     """
 
     def __init__(
@@ -77,8 +79,8 @@ class Loader:
     ) -> None:
         if options.shuffle and len(store) < options.global_batch_size:
             raise ValueError(
-                f"{len(store)} images are fewer than one batch of {options.global_batch_size}: take a batch size of "
-                f"at most {len(store) // options.world_size}, or more images"
+                f"{len(store)} images are fewer than one batch of {options.global_batch_size}: "
+                f"take a batch size of at most {len(store) // options.world_size}, or more images"
             )
         self.store = store
         self.recipe = recipe
@@ -90,227 +92,206 @@ class Loader:
 
     def __len__(self) -> int:
         """Steps per epoch, the same on every rank."""
-        n, global_batch = len(self.store), self.options.global_batch_size
-        return steps_per_epoch(n, global_batch) if self.options.shuffle else -(-n // global_batch)
+        n = len(self.store)
+        global_batch = self.options.global_batch_size
+        if self.options.shuffle:
+            return steps_per_epoch(n, global_batch)
+        return -(-n // global_batch)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Generator[Batch, None, None]:
-        """The batches of an epoch from its step `first_step` on."""
+        """The batches of an epoch, starting at its step `first_step`."""
         return self.steps(epoch * len(self) + first_step, (epoch + 1) * len(self))
 
     def steps(self, first: int, last: int) -> Generator[Batch, None, None]:
-        """The batches of steps first <= step < last, counted from the first of epoch 0, without a pause between epochs.
+        """The batches of the steps first <= step < last, counted from the start of epoch 0.
 
-        They are made ahead in a thread; closing the iterator (or dropping it) ends that and everything it started.
+        There is no pause between epochs. The batches are made ahead of time in a thread. Closing or
+        dropping the iterator ends that thread and everything that it has started.
         """
-        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_BATCHES_READY)
-        stop = threading.Event()
         stream = None if self.device.type == "cpu" else torch.cuda.Stream(self.device)
-
-        def put(item: Batch | BaseException | None) -> None:
-            while not stop.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def produce() -> None:
-            try:
-                with (
-                    closing(self._batches(first, last)) as batches,
-                    torch.cuda.stream(stream),
-                ):  # nothing for None
-                    for batch in batches:
-                        if (
-                            stream is not None
-                        ):  # ready means made: waiting for a batch then includes distorting it
-                            stream.synchronize()
-                        put(batch)
-                        if stop.is_set():
-                            return
-                put(None)
-            except BaseException as error:  # raised again in the consumer's thread
-                put(error)
-
-        def get() -> Batch | BaseException | None:
-            while True:
-                try:
-                    return ready.get(timeout=1)
-                except queue.Empty:
-                    if not thread.is_alive() and ready.empty():
-                        return RuntimeError("the thread that makes the batches is gone")
-
-        thread = threading.Thread(target=produce, name="twinfeed-loader", daemon=True)
-        thread.start()
+        batches = BackgroundIterator(self._batches_on(stream, first, last), _BATCHES_READY)
         try:
-            while (item := get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                if isinstance(
-                    item, BaseException
-                ):  # a SystemExit of some library's must not end the run in silence
-                    raise RuntimeError(f"a thread of the loader ended with {item!r}") from item
-                if (
-                    stream is not None
-                ):  # their memory belongs to the loader's stream, and is now in use on this one
-                    for tensor in (*item.views, item.labels):
+            for batch in batches:
+                if stream is not None:
+                    # The tensors belong to the loader's stream, and are used on the current one.
+                    for tensor in (*batch.views, batch.labels):
                         tensor.record_stream(torch.cuda.current_stream(self.device))
-                yield item
+                yield batch
         finally:
-            stop.set()
-            thread.join()
+            batches.close()
 
     def plan(self, first: int, last: int) -> Generator[PlannedBatch, None, None]:
-        """What is decided about the steps first <= step < last before anything is read."""
-        order, ordered_epoch = np.arange(len(self.store), dtype=np.int64), -1
+        """The plans of the steps first <= step < last."""
+        options = self.options
+        order = np.arange(len(self.store), dtype=np.int64)
+        ordered_epoch = -1
         for step in range(first, last):
             epoch, step_of_epoch = divmod(step, len(self))
-            if self.options.shuffle and epoch != ordered_epoch:
-                order = epoch_order(
-                    len(self.store), self.options.seed, epoch, self.options.shuffle_block
-                )
+            if options.shuffle and epoch != ordered_epoch:
+                order = epoch_order(len(self.store), options.seed, epoch, options.shuffle_block)
                 ordered_epoch = epoch
             positions = step_positions(
-                step_of_epoch, self.options.batch_size, self.options.rank, self.options.world_size
+                step_of_epoch, options.batch_size, options.rank, options.world_size
             )
-            yield self._plan(epoch, order, positions[positions < len(order)])
+            yield self._plan_step(epoch, order, positions[positions < len(order)])
 
-    def _batches(self, first: int, last: int) -> Generator[Batch, None, None]:
-        """Plan -> decode -> repair -> distort. The plan runs ahead of the batches by as much as the decoder likes."""
-        planned: deque[PlannedBatch] = deque()
-        steps = self.plan(first, last)
-        if self.options.shuffle and self.options.shuffle_block and hasattr(self.store, "prefetch"):
-            steps = self._fetch_ahead(steps, self.options.shuffle_block, self.store.prefetch)
-
-        def plan() -> Iterator[tuple[Samples, Boxes]]:
-            for step in steps:
-                planned.append(step)
-                yield step.samples, step.params.boxes
-
-        stream = self.decoder.stream(plan())
-        pool = (
-            single_threaded_workers(self.threads, "distort") if self.device.type == "cpu" else None
-        )
-        memory = BufferPool()
-        try:
-            for crops, good in stream:
-                step = planned.popleft()
-                if not good.all():
-                    step, crops = self._repair(step, crops, good)
-                if len(step.samples):
-                    yield self._finish(step, crops, pool, memory)
-        finally:
-            stream.close()
-            steps.close()
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
-
-    def _fetch_ahead(
-        self, steps: Iterator[PlannedBatch], block: int, prefetch: Callable[[int, int], None]
-    ) -> Generator[PlannedBatch, None, None]:
-        """The same steps; the store fetches each window of blocks while the one before it is used, once an epoch.
-
-        In a thread, which waits for the disk. An error there is nobody's loss: reading the samples meets it again.
-        """
-        n, epoch, asked = len(self.store), -1, 0  # asked: so many blocks of that epoch's order
-        pool = ThreadPoolExecutor(1, "prefetch")
-        try:
-            for step in steps:
-                first, last = (
-                    BLOCKS_MIXED * (int(p) // (BLOCKS_MIXED * block))
-                    for p in step.positions[[0, -1]]
-                )
-                if step.epoch != epoch:
-                    epoch, asked, order = (
-                        step.epoch,
-                        first,
-                        block_order(n, self.options.seed, step.epoch, block),
-                    )
-                until = (
-                    last + 2 * BLOCKS_MIXED
-                )  # this window and the next, which begins sooner behind the short block
-                for number in order[asked:until].tolist():
-                    end = min((number + 1) * block, n)
-                    for sample in range(number * block, end, _FETCHED):
-                        pool.submit(prefetch, sample, min(sample + _FETCHED, end))
-                asked = until
-                yield step
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _plan(self, epoch: int, order: Samples, positions: Samples) -> PlannedBatch:
-        """The samples at those positions, known bad ones replaced (or left out, without `shuffle`), and their draws."""
+    def _plan_step(self, epoch: int, order: Samples, positions: Samples) -> PlannedBatch:
+        """The samples at `positions`, without those known to be bad, and their parameters."""
         samples = order[positions]
-        if self.bad and self.options.shuffle:
-            taken: set[int] = set()
-            for i, sample in enumerate(samples):
-                if int(sample) in self.bad:
-                    samples[i] = self._stand_in(int(positions[i]), order, taken)
-                    taken.add(int(samples[i]))
-        elif self.bad:
-            samples = samples[[int(sample) not in self.bad for sample in samples]]
+        if self.bad:
+            if self.options.shuffle:
+                samples = self._with_replacements(samples, order, positions)
+            else:
+                samples = samples[[int(sample) not in self.bad for sample in samples]]
         rows = self.store.index[samples]
         params = draw(self.recipe, self.options.seed, epoch, samples, rows["height"], rows["width"])
         return PlannedBatch(epoch, order, positions, samples, params)
 
-    def _stand_in(self, position: int, order: Samples, taken: set[int]) -> int:
-        for candidate in replacements(position, len(order), self.options.global_batch_size):
-            sample = int(order[candidate])
-            if sample not in self.bad and sample not in taken:
-                return sample
-        raise self._too_many_bad("no image is left to stand in for bad ones")
+    def _batches_on(
+        self, stream: torch.cuda.Stream | None, first: int, last: int
+    ) -> Generator[Batch, None, None]:
+        """The batches, made on that CUDA stream, or on the CPU for None."""
+        with closing(self._batches(first, last)) as batches, torch.cuda.stream(stream):
+            for batch in batches:
+                if stream is not None:
+                    # A batch is passed on when its distortions are done, not just launched, so
+                    # that the consumer's waiting time includes them.
+                    stream.synchronize()
+                yield batch
 
-    def _too_many_bad(self, what: str) -> ValueError:
-        first = "; ".join(f"{self.store.name(s)}: {why}" for s, why in list(self.bad.items())[:3])
-        found = f"{len(self.bad)} of {len(self.store)} cannot be decoded"
-        return ValueError(f"{what}: {found}, the first: {first}")
+    def _batches(self, first: int, last: int) -> Generator[Batch, None, None]:
+        """The stages of the loader in turn."""
+        planned: deque[PlannedBatch] = deque()  # the decoder runs some steps ahead of the batches
+        steps = self._plan_and_prefetch(first, last)
 
-    def _repair(
-        self, step: PlannedBatch, crops: Tensor, good: NDArray[np.bool_]
-    ) -> tuple[PlannedBatch, Tensor]:
-        """The same step without its bad samples: replaced, or left out, until all are good."""
-        tried, in_a_row = good, 0
-        while True:
-            for sample in step.samples[~good]:
-                self.bad[int(sample)] = self._reason(int(sample))
-            in_a_row = 0 if tried.any() else in_a_row + len(tried)
-            if self.options.shuffle and in_a_row >= _BAD_IN_A_ROW:
-                raise self._too_many_bad(f"{in_a_row} images in a row are bad")
-            repaired = self._plan(step.epoch, step.order, step.positions)
-            if not self.options.shuffle:
-                return repaired, crops[:, torch.from_numpy(np.flatnonzero(good)).to(crops.device)]
-            redo = np.flatnonzero(repaired.samples != step.samples)
-            decoded = self.decoder.stream(
-                iter([(repaired.samples[redo], repaired.params.boxes[:, redo])])
-            )
-            new_crops, tried = next(decoded)
-            decoded.close()
-            crops[:, torch.from_numpy(redo).to(crops.device)] = new_crops
-            good = np.ones(len(good), dtype=bool)
-            good[redo] = tried
-            step = repaired
-            if good.all():
-                return step, crops
+        def crop_plan() -> Iterator[tuple[Samples, Boxes]]:
+            for step in steps:
+                planned.append(step)
+                yield step.samples, step.params.boxes
 
-    def _reason(self, sample: int) -> str:
-        row = self.store.index[sample]
+        decoded = self.decoder.stream(crop_plan())
+        pool = None
+        if self.device.type == "cpu":
+            pool = single_threaded_workers(self.threads, "distort")
+        memory = BufferPool()
         try:
-            decode(
-                self.store.read_batch(np.array([sample]))[0], int(row["height"]), int(row["width"])
-            )
-        except BadImage as error:
-            return str(error)
-        return "it did not decode, though it does now"
+            for crops, good in decoded:
+                step = planned.popleft()
+                if not good.all():
+                    step, crops = self._without_bad(step, crops, good)
+                if len(step.samples) > 0:
+                    yield self._finish(step, crops, pool, memory)
+        finally:
+            decoded.close()
+            steps.close()
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+
+    def _plan_and_prefetch(self, first: int, last: int) -> Generator[PlannedBatch, None, None]:
+        """The plans of the steps. With a block-wise shuffle, the store reads ahead of them."""
+        options = self.options
+        steps = self.plan(first, last)
+        if not (options.shuffle and options.shuffle_block and hasattr(self.store, "prefetch")):
+            yield from steps
+            return
+
+        plan = PrefetchPlan(len(self.store), options.seed, options.shuffle_block)
+        with closing(Prefetcher(self.store.prefetch, plan)) as prefetcher:
+            for step in steps:
+                prefetcher.start(step.epoch, step.positions)
+                yield step
 
     def _finish(
         self, step: PlannedBatch, crops: Tensor, pool: ThreadPoolExecutor | None, memory: BufferPool
     ) -> Batch:
+        """Copy the crops and labels to the device, if they are not there, and distort the crops."""
         labels = torch.from_numpy(self.store.index["label"][step.samples].astype(np.int64))
-        if pool is None:
-            crops, labels = (  # a decoder on the device has left its crops there
-                t
-                if t.device.type == self.device.type
-                else t.pin_memory().to(self.device, non_blocking=True)
-                for t in (crops, labels)
-            )
+        labels = self._on_device(labels)
+        crops = self._on_device(crops)
         views = distort(crops, step.params, self.recipe, self.options.dtype, pool, memory)
         return Batch(views, labels, torch.from_numpy(step.samples))
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == self.device.type:
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    # Bad samples
+
+    def _with_replacements(self, samples: Samples, order: Samples, positions: Samples) -> Samples:
+        """`samples` with every one that is known to be bad replaced by another one."""
+        samples = samples.copy()
+        used: set[int] = set()
+        for i, sample in enumerate(samples):
+            if int(sample) in self.bad:
+                replacement = self._find_replacement(int(positions[i]), order, used)
+                samples[i] = replacement
+                used.add(replacement)
+        return samples
+
+    def _find_replacement(self, position: int, order: Samples, used: set[int]) -> int:
+        for candidate in replacements(position, len(order), self.options.global_batch_size):
+            sample = int(order[candidate])
+            if sample not in self.bad and sample not in used:
+                return sample
+        raise self._too_many_bad("no image is left to replace bad ones")
+
+    def _without_bad(
+        self, step: PlannedBatch, crops: Tensor, good: NDArray[np.bool_]
+    ) -> tuple[PlannedBatch, Tensor]:
+        """The step and its crops with the bad samples left out, or replaced if shuffled."""
+        if self.options.shuffle:
+            return self._replace_bad(step, crops, good)
+        self._remember_bad(step.samples[~good])
+        kept = torch.from_numpy(np.flatnonzero(good)).to(crops.device)
+        return self._plan_step(step.epoch, step.order, step.positions), crops[:, kept]
+
+    def _replace_bad(
+        self, step: PlannedBatch, crops: Tensor, good: NDArray[np.bool_]
+    ) -> tuple[PlannedBatch, Tensor]:
+        """Replace bad samples, and replacements that are bad themselves, until all are good."""
+        last_decoded = good
+        bad_in_a_row = 0
+        while not good.all():
+            self._remember_bad(step.samples[~good])
+            bad_in_a_row = 0 if last_decoded.any() else bad_in_a_row + len(last_decoded)
+            if bad_in_a_row >= _BAD_IN_A_ROW:
+                raise self._too_many_bad(f"{bad_in_a_row} images in a row are bad")
+
+            new_step = self._plan_step(step.epoch, step.order, step.positions)
+            changed = np.flatnonzero(new_step.samples != step.samples)
+            new_crops, last_decoded = self._decode(
+                new_step.samples[changed], new_step.params.boxes[:, changed]
+            )
+            crops[:, torch.from_numpy(changed).to(crops.device)] = new_crops
+            good = np.ones(len(new_step.samples), dtype=bool)
+            good[changed] = last_decoded
+            step = new_step
+        return step, crops
+
+    def _decode(self, samples: Samples, boxes: Boxes) -> tuple[Tensor, NDArray[np.bool_]]:
+        """Decode these samples outside of the stream of steps."""
+        with closing(self.decoder.stream([(samples, boxes)])) as decoded:
+            return next(decoded)
+
+    def _remember_bad(self, samples: Samples) -> None:
+        for sample in samples.tolist():
+            self.bad[sample] = self._decoding_error(sample)
+
+    def _decoding_error(self, sample: int) -> str:
+        row = self.store.index[sample]
+        data = self.store.read_batch(np.array([sample]))[0]
+        try:
+            decode(data, int(row["height"]), int(row["width"]))
+        except BadImage as error:
+            return str(error)
+        return "it did not decode, though it does now"
+
+    def _too_many_bad(self, problem: str) -> ValueError:
+        examples = [
+            f"{self.store.name(sample)}: {reason}" for sample, reason in list(self.bad.items())[:3]
+        ]
+        return ValueError(
+            f"{problem}: {len(self.bad)} of {len(self.store)} cannot be decoded, "
+            f"the first: {'; '.join(examples)}"
+        )

@@ -1,4 +1,4 @@
-"""What a loader needs besides its store and its recipe, spelled once."""
+"""`LoaderOptions`: the settings of a `Loader`, apart from its store and its recipe."""
 
 from __future__ import annotations
 
@@ -9,43 +9,54 @@ import torch
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How the samples of a store are decoded, ordered and batched.
+    """How a `Loader` orders, batches, decodes and returns the samples of a store.
 
-    ValueError for values that no loader can have.
+    Args:
+        batch_size: Samples per step on each rank.
+        decoder: Name of the decoder: `dali`, `cpu`, or `ffcv` (only for a beton). Default: `auto`,
+            which takes DALI on a GPU and `cpu` otherwise.
+        hw_decoder_load: Fraction of the JPEGs that DALI gives to the GPU's hardware JPEG decoder,
+            if the GPU has one.
+        threads: Threads that decode. Default: one per CPU core that this process may use.
+        seed: Seed of the order of the samples and of every distortion.
+        rank: Rank of this process, in [0, `world_size`).
+        world_size: Processes that train together, each on its own part of the global batch.
+        shuffle: True for training: each epoch is a new permutation in batches of one size, and a
+            bad sample is replaced by another one. False for evaluation: samples come in the
+            store's order, the last batch may be short, and a bad sample is left out.
+        shuffle_block: Samples per block of a block-wise shuffle (see `epoch_order`), for data on
+            a hard disk or larger than the memory. Default: a full shuffle.
+        device: Device on which the views are made and returned.
+        dtype: Data type of the views.
+
+    Raises:
+        ValueError: If the batch size, the shuffle block or the rank is out of range.
     """
 
     batch_size: int
-    """Samples per step on each rank."""
     decoder: str = "auto"
-    """auto (DALI on a GPU, else cpu), dali, cpu, or ffcv for a beton."""
     hw_decoder_load: float = 0.65
-    """Fraction of the JPEGs that DALI gives to the GPU's JPEG engine, where there is one."""
     threads: int | None = None
-    """Threads that decode; None: one per core that this process may use."""
     seed: int = 0
-    """Decides the order of the samples and every distortion."""
     rank: int = 0
-    """This process among `world_size` that train together."""
     world_size: int = 1
     shuffle: bool = True
-    """True (training): each epoch is a permutation in batches of one size, and a bad sample is replaced.
-    False (evaluation): samples come in the store's order, the last batch is short, a bad sample is left out."""
     shuffle_block: int | None = None
-    """Samples in a block of the block-shuffled order (see `epoch_order`); None: a full shuffle."""
     device: torch.device | str = "cpu"
-    """Where the views are made and returned."""
     dtype: torch.dtype = torch.float32
-    """Data type of the views."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch size is {self.batch_size}: it must be at least 1")
         if self.shuffle_block is not None and self.shuffle_block < 1:
             raise ValueError(
-                f"blocks of {self.shuffle_block} samples cannot be shuffled: they must have at least 1"
+                f"shuffle block is {self.shuffle_block} samples: it must be at least 1"
             )
         if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} is outside a world of {self.world_size}")
+            raise ValueError(
+                f"rank is {self.rank}: with {self.world_size} processes it must be "
+                f"between 0 and {self.world_size - 1}"
+            )
 
     @property
     def global_batch_size(self) -> int:

@@ -1,7 +1,8 @@
-"""The distortions as data, and `draw`: their parameters for given samples.
+"""Recipes (which distortions, and how strong), and `draw`, which draws their parameters.
 
-A view is a pure function of (image, seed, epoch, sample, view). Everything random about it is decided here, on the
-host, from counters; the decoders and `distort` only carry it out.
+A view is a pure function of (image, seed, epoch, sample, view). Everything random about it is
+decided here, on the host, by counter-based random numbers (`philox.py`). The decoders apply the
+crop boxes, and `distort.py` the rest.
 """
 
 from __future__ import annotations
@@ -22,24 +23,29 @@ LUMA = (0.2989, 0.587, 0.114)  # the weights of a grey level: torchvision's roun
 
 Numbers = NDArray[np.float64]
 
+# The operations of the colour jitter.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-_ORDERS = np.array(list(permutations(range(4))), dtype=np.int8)  # [24, 4]
-_TRIES = 10  # random crops tried before the central fallback, as in torchvision
-_STREAM = 0x7677  # keeps these random numbers apart from those of `epoch_order`
+_JITTER_ORDERS = np.array(list(permutations(range(4))), dtype=np.int8)  # [24, 4]
+
+_CROP_TRIES = 10  # random crops tried before the central fallback, as in torchvision
+_STREAM = 0x7677  # separates these random numbers from those of `epoch_order`
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A box of random area and shape, resized to a square: torchvision's sampling, Pillow's `crop(box).resize(S)`."""
+    """A box of random area and aspect ratio, resized to a square.
 
-    area: tuple[float, float] = (0.08, 1.0)  # of the image's
+    The box is drawn as in torchvision and resized like Pillow's `crop(box).resize(size)`.
+    """
+
+    area: tuple[float, float] = (0.08, 1.0)  # as fractions of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
     interpolation: str = "bicubic"
 
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The short side resized to `resize` pixels, then the central square: torchvision's Resize + CenterCrop."""
+    """torchvision's Resize + CenterCrop: the short side to `resize` pixels, then the centre."""
 
     resize: int = 256
     interpolation: str = "bilinear"
@@ -47,7 +53,7 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class WholeImage:
-    """The short side resized to `resize` pixels, then all of it to a square, whatever its shape: VISSL's for VOC07."""
+    """The short side to `resize` pixels, then the whole image to a square. VISSL's for VOC07."""
 
     resize: int = 256
     interpolation: str = "bilinear"
@@ -55,23 +61,30 @@ class WholeImage:
 
 @dataclass(frozen=True)
 class View:
-    """What is done to one crop, in this order. The defaults do nothing; see `barlow_twins` for the paper's."""
+    """The distortions of one crop, in this order. The defaults do nothing.
+
+    See `barlow_twins` for the values of the paper.
+    """
 
     flip_p: float = 0.0
     jitter_p: float = 0.0
-    brightness: float = 0.0  # factor uniform in [1 - b, 1 + b]; contrast and saturation alike
-    contrast: float = 0.0
-    saturation: float = 0.0
+    brightness: float = 0.0  # factor uniform in [max(0, 1 - b), 1 + b]
+    contrast: float = 0.0  # likewise
+    saturation: float = 0.0  # likewise
     hue: float = 0.0  # shift uniform in [-h, h], in turns of the colour wheel
     gray_p: float = 0.0
     blur_p: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the crop
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # uniform, in pixels of the crop
     solarize_p: float = 0.0  # inverts values of 128 and more
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an encoded image becomes views: each a square of `size` pixels."""
+    """How an encoded image becomes views, each a square of `size` pixels.
+
+    Raises:
+        ValueError: If `size` is not positive, or the crop would leave the resized image.
+    """
 
     size: int
     crop: RandomResizedCrop | CenterCrop | WholeImage
@@ -84,7 +97,8 @@ class Recipe:
             raise ValueError(f"size is {self.size}: a view needs at least 1 pixel")
         if isinstance(self.crop, CenterCrop) and self.crop.resize < self.size:
             raise ValueError(
-                f"resize {self.crop.resize} is below size {self.size}: the crop would leave the image"
+                f"resize {self.crop.resize} is below size {self.size}: "
+                "the crop would leave the image"
             )
 
 
@@ -96,7 +110,10 @@ def barlow_twins(
     blur_sigma: tuple[float, float] = (0.1, 2.0),
     solarize_p: tuple[float, float] = (0.0, 0.2),
 ) -> Recipe:
-    """The two views of Zbontar et al. 2021, appendix A, which differ in blur and solarisation alone."""
+    """The two views of Zbontar et al. 2021, appendix A.
+
+    They differ only in blur and solarisation: the pairs are the probabilities of view a and b.
+    """
     views = tuple(
         View(
             flip_p=0.5,
@@ -116,125 +133,201 @@ def barlow_twins(
 
 
 def center_view(size: int = 224, resize: int | None = None) -> Recipe:
-    """The usual test view: one, undistorted. `resize` defaults to size * 256 / 224."""
-    return Recipe(size, CenterCrop(resize or round(size * 256 / 224)), (View(),))
+    """The usual test view: one undistorted centre crop. `resize` defaults to size * 256 / 224."""
+    return Recipe(size, CenterCrop(resize or _default_resize(size)), (View(),))
 
 
 def crop_view(size: int = 224, area: tuple[float, float] = (0.08, 1.0)) -> Recipe:
-    """The usual view to train a classifier on: one, of a random box, flipped or not."""
+    """The usual training view of classifiers: one random resized crop, flipped at random."""
     return Recipe(size, RandomResizedCrop(area, interpolation="bilinear"), (View(flip_p=0.5),))
 
 
 def whole_view(size: int = 224, resize: int | None = None) -> Recipe:
-    """The view of VOC07's pictures, of which nothing is cut off. `resize` defaults to size * 256 / 224."""
-    return Recipe(size, WholeImage(resize or round(size * 256 / 224)), (View(),))
+    """The test view for VOC07: one whole image. `resize` defaults to size * 256 / 224."""
+    return Recipe(size, WholeImage(resize or _default_resize(size)), (View(),))
+
+
+def _default_resize(size: int) -> int:
+    return round(size * 256 / 224)
 
 
 class ViewParams(NamedTuple):
-    """One row per (view, sample): what `draw` decided. V views, B samples."""
+    """The parameters of V views of B samples, one row per (view, sample). Made by `draw`."""
 
-    boxes: NDArray[
-        np.float32
-    ]  # [V, B, 4] left, top, right, bottom, in pixels; of a WholeImage, after its first resize
+    # Left, top, right, bottom in pixels of the image; for WholeImage, of the resized image.
+    boxes: NDArray[np.float32]  # [V, B, 4]
     flip: NDArray[np.bool_]  # [V, B]
     jitter: NDArray[np.bool_]  # [V, B]
     jitter_order: NDArray[np.int8]  # [V, B, 4] operations (BRIGHTNESS ... HUE), first to last
-    jitter_factor: NDArray[
-        np.float32
-    ]  # [V, B, 4] by operation: three factors around 1, and the hue shift around 0
+    # By operation: the factors of brightness, contrast and saturation, and the shift of the hue.
+    jitter_factor: NDArray[np.float32]  # [V, B, 4]
     gray: NDArray[np.bool_]  # [V, B]
-    blur_sigma: NDArray[np.float32]  # [V, B] in pixels of the crop; 0 where there is no blur
+    blur_sigma: NDArray[np.float32]  # [V, B] in pixels of the crop; 0 for no blur
     solarize: NDArray[np.bool_]  # [V, B]
 
     def take(self, *index: object) -> ViewParams:
-        """Every field indexed alike, by view and then by sample."""
+        """The same index of every field: first the view, then the sample.
+
+        Example: `params.take(0, slice(16))` has the parameters of view 0 of the first 16 samples.
+        """
         return ViewParams(*(field[index] for field in self))  # type: ignore[arg-type, index]
 
 
 def draw(
     recipe: Recipe, seed: int, epoch: int, samples: Samples, heights: Samples, widths: Samples
 ) -> ViewParams:
-    """The parameters of every view of `samples` [B], whose images are `heights` x `widths` pixels [B].
+    """The parameters of all V views of B samples.
 
-    The numbers for one sample do not depend on which others it is drawn with.
+    The parameters of a sample do not depend on the other samples that it is drawn with.
+
+    Args:
+        recipe: The distributions to draw from.
+        seed: The seed of the run.
+        epoch: The epoch, from 0.
+        samples: Positions in the store, [B].
+        heights: Heights of their images in pixels, [B].
+        widths: Widths of their images in pixels, [B].
     """
-    blocks = np.arange((4 * _TRIES + 12) // 4)[:, None, None]  # 4 random words each
-    views = np.arange(len(recipe.views))[None, :, None]
-    words = philox(seed, np.asarray(samples)[None, None, :], epoch, views, _STREAM << 16 | blocks)
-    u = (
-        uniform(words).transpose(1, 0, 2, 3).reshape(4 * len(blocks), *words.shape[2:])
-    )  # [4 * blocks, V, B]
-    crop_u, u = u[: 4 * _TRIES].reshape(_TRIES, 4, *u.shape[1:]), u[4 * _TRIES :]
-
-    def column(field: str) -> Numbers:  # a number of each view, [V, 1]
-        return np.array([[getattr(view, field)] for view in recipe.views])
-
-    h, w = (np.asarray(x, dtype=np.float64)[None, :] for x in (heights, widths))  # [1, B]
-    if isinstance(recipe.crop, RandomResizedCrop):
-        boxes = _random_boxes(recipe.crop, crop_u, h, w)
-    else:
-        short = np.minimum(
-            h, w
-        )  # torchvision's Resize makes it `resize` pixels, and truncates the long side
-        resized_h = np.where(h <= w, recipe.crop.resize, np.floor(recipe.crop.resize * h / short))
-        resized_w = np.where(w <= h, recipe.crop.resize, np.floor(recipe.crop.resize * w / short))
-        if isinstance(recipe.crop, WholeImage):
-            one_box = np.stack((0 * w, 0 * h, resized_w, resized_h), axis=-1)
-        else:
-            one_box = _center_boxes(recipe.size, h, w, resized_h, resized_w)
-        boxes = np.broadcast_to(one_box, (*u.shape[1:], 4))
-
-    strength = np.stack(
-        [column(f) for f in ("brightness", "contrast", "saturation", "hue")]
-    )  # [4, V, 1]
-    middle = np.array([1.0, 1.0, 1.0, 0.0])[:, None, None]
-    low = np.where(middle == 1, np.maximum(0, middle - strength), -strength)
-    factor = low + u[2:6] * (middle + strength - low)
-
-    low_sigma, high_sigma = np.array([view.blur_sigma for view in recipe.views]).T[:, :, None]
-    sigma = low_sigma + u[9] * (high_sigma - low_sigma)
+    u = _draw_uniforms(seed, epoch, np.asarray(samples), len(recipe.views))
+    h = np.asarray(heights, dtype=np.float64)[None, :]  # [1, B]
+    w = np.asarray(widths, dtype=np.float64)[None, :]
+    order_index = (u.jitter_order * len(_JITTER_ORDERS)).astype(np.intp)
+    sigma_low, sigma_high = np.array([view.blur_sigma for view in recipe.views]).T[:, :, None]
+    sigma = sigma_low + u.blur_sigma * (sigma_high - sigma_low)
     return ViewParams(
-        boxes=boxes.astype(np.float32),
-        flip=u[0] < column("flip_p"),
-        jitter=u[1] < column("jitter_p"),
-        jitter_order=_ORDERS[(u[6] * len(_ORDERS)).astype(np.intp)],
-        jitter_factor=factor.transpose(1, 2, 0).astype(np.float32),
-        gray=u[7] < column("gray_p"),
-        blur_sigma=np.where(u[8] < column("blur_p"), sigma, 0).astype(np.float32),
-        solarize=u[10] < column("solarize_p"),
+        boxes=_boxes(recipe, u, h, w).astype(np.float32),
+        flip=u.flip < _per_view(recipe, "flip_p"),
+        jitter=u.jitter < _per_view(recipe, "jitter_p"),
+        jitter_order=_JITTER_ORDERS[order_index],
+        jitter_factor=_jitter_factors(recipe, u.jitter_factors).astype(np.float32),
+        gray=u.gray < _per_view(recipe, "gray_p"),
+        blur_sigma=np.where(u.blur < _per_view(recipe, "blur_p"), sigma, 0).astype(np.float32),
+        solarize=u.solarize < _per_view(recipe, "solarize_p"),
     )
 
 
-def _random_boxes(
-    crop: RandomResizedCrop, u: NDArray[np.float64], h: Numbers, w: Numbers
-) -> NDArray[np.float64]:
-    """torchvision's RandomResizedCrop.get_params from uniforms [tries, 4, V, B]; boxes [V, B, 4]."""
-    area = h * w * (crop.area[0] + u[:, 0] * (crop.area[1] - crop.area[0]))  # [tries, V, B]
-    low, high = np.log(crop.ratio)
-    ratio = np.exp(low + u[:, 1] * (high - low))
-    box_w, box_h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (box_w > 0) & (box_w <= w) & (box_h > 0) & (box_h <= h)
-    left = np.floor(u[:, 2] * (w - box_w + 1))
-    top = np.floor(u[:, 3] * (h - box_h + 1))
-    tries = np.stack((left, top, left + box_w, top + box_h), axis=-1)  # [tries, V, B, 4]
-    first = fits.argmax(axis=0)[None, :, :, None]
-    chosen = np.take_along_axis(tries, first, axis=0)[0]
+class _Uniforms(NamedTuple):
+    """Random numbers in (0, 1) of each (view, sample), by the parameter that they decide."""
 
-    # No try fitted (a long, thin image): the largest central box of an allowed ratio.
+    crop_area: Numbers  # [tries, V, B]
+    crop_ratio: Numbers  # [tries, V, B]
+    crop_left: Numbers  # [tries, V, B]
+    crop_top: Numbers  # [tries, V, B]
+    flip: Numbers  # [V, B]
+    jitter: Numbers  # [V, B]
+    jitter_factors: Numbers  # [4, V, B] of BRIGHTNESS ... HUE
+    jitter_order: Numbers  # [V, B]
+    gray: Numbers  # [V, B]
+    blur: Numbers  # [V, B]
+    blur_sigma: Numbers  # [V, B]
+    solarize: Numbers  # [V, B]
+
+
+def _draw_uniforms(seed: int, epoch: int, samples: Samples, views: int) -> _Uniforms:
+    """The random numbers of each (view, sample).
+
+    Their places in the stream must stay as they are: they decide every view of every run.
+    """
+    crop_numbers = 4 * _CROP_TRIES
+    numbers = crop_numbers + 12  # the last one is not used
+    blocks = np.arange(numbers // 4)[:, None, None]  # each has 4 random words
+    counters = samples[None, None, :], epoch, np.arange(views)[None, :, None]
+    words = philox(seed, *counters, _STREAM << 16 | blocks)  # [4, blocks, V, B]
+    u = uniform(words).transpose(1, 0, 2, 3).reshape(numbers, views, len(samples))
+
+    crop = u[:crop_numbers].reshape(_CROP_TRIES, 4, views, len(samples))
+    rest = u[crop_numbers:]
+    return _Uniforms(
+        crop_area=crop[:, 0],
+        crop_ratio=crop[:, 1],
+        crop_left=crop[:, 2],
+        crop_top=crop[:, 3],
+        flip=rest[0],
+        jitter=rest[1],
+        jitter_factors=rest[2:6],
+        jitter_order=rest[6],
+        gray=rest[7],
+        blur=rest[8],
+        blur_sigma=rest[9],
+        solarize=rest[10],
+    )
+
+
+def _per_view(recipe: Recipe, field: str) -> Numbers:
+    """A number of each view, [V, 1]."""
+    return np.array([[getattr(view, field)] for view in recipe.views])
+
+
+def _jitter_factors(recipe: Recipe, u: Numbers) -> Numbers:
+    """[V, B, 4] from uniforms [4, V, B]: uniform around the value that changes nothing."""
+    operations = ("brightness", "contrast", "saturation", "hue")
+    strength = np.stack([_per_view(recipe, name) for name in operations])  # [4, V, 1]
+    neutral = np.array([1.0, 1.0, 1.0, 0.0])[:, None, None]
+    low = np.where(neutral == 1, np.maximum(0, neutral - strength), -strength)
+    factor = low + u * (neutral + strength - low)
+    return factor.transpose(1, 2, 0)
+
+
+def _boxes(recipe: Recipe, u: _Uniforms, h: Numbers, w: Numbers) -> Numbers:
+    """The crop boxes [V, B, 4] in images of size `h` x `w` [1, B]."""
+    if isinstance(recipe.crop, RandomResizedCrop):
+        return _random_boxes(recipe.crop, u, h, w)
+
+    # torchvision's Resize makes the short side `resize` pixels, and truncates the long side.
+    resize = recipe.crop.resize
+    short = np.minimum(h, w)
+    resized_h = np.where(h <= w, resize, np.floor(resize * h / short))
+    resized_w = np.where(w <= h, resize, np.floor(resize * w / short))
+    if isinstance(recipe.crop, WholeImage):
+        box = np.stack((0 * w, 0 * h, resized_w, resized_h), axis=-1)  # [1, B, 4]
+    else:
+        box = _center_boxes(recipe.size, h, w, resized_h, resized_w)
+    return np.broadcast_to(box, (*u.flip.shape, 4))
+
+
+def _random_boxes(crop: RandomResizedCrop, u: _Uniforms, h: Numbers, w: Numbers) -> Numbers:
+    """torchvision's RandomResizedCrop.get_params: the first of ten random boxes that fits.
+
+    Returns boxes [V, B, 4].
+    """
+    min_area, max_area = crop.area
+    area = h * w * (min_area + u.crop_area * (max_area - min_area))  # [tries, V, B]
+    min_log_ratio, max_log_ratio = np.log(crop.ratio)
+    ratio = np.exp(min_log_ratio + u.crop_ratio * (max_log_ratio - min_log_ratio))
+    box_w = np.rint(np.sqrt(area * ratio))
+    box_h = np.rint(np.sqrt(area / ratio))
+    fits = (box_w > 0) & (box_w <= w) & (box_h > 0) & (box_h <= h)
+    left = np.floor(u.crop_left * (w - box_w + 1))
+    top = np.floor(u.crop_top * (h - box_h + 1))
+    tries = np.stack((left, top, left + box_w, top + box_h), axis=-1)  # [tries, V, B, 4]
+    first_fit = fits.argmax(axis=0)[None, :, :, None]
+    random = np.take_along_axis(tries, first_fit, axis=0)[0]
+    any_fits = fits.any(axis=0)[:, :, None]
+    return np.where(any_fits, random, _largest_central_boxes(crop, h, w))
+
+
+def _largest_central_boxes(crop: RandomResizedCrop, h: Numbers, w: Numbers) -> Numbers:
+    """torchvision's fallback [1, B, 4] for long, thin images: the largest allowed central box."""
+    min_ratio, max_ratio = crop.ratio
     image_ratio = w / h
-    box_w = np.where(image_ratio > crop.ratio[1], np.rint(h * crop.ratio[1]), w)
-    box_h = np.where(image_ratio < crop.ratio[0], np.rint(w / crop.ratio[0]), h)
-    left, top = (w - box_w) // 2, (h - box_h) // 2
-    central = np.stack((left, top, left + box_w, top + box_h), axis=-1)  # [1, B, 4]
-    return np.where(fits.any(axis=0)[:, :, None], chosen, central)
+    box_w = np.where(image_ratio > max_ratio, np.rint(h * max_ratio), w)
+    box_h = np.where(image_ratio < min_ratio, np.rint(w / min_ratio), h)
+    left = (w - box_w) // 2
+    top = (h - box_h) // 2
+    return np.stack((left, top, left + box_w, top + box_h), axis=-1)
 
 
 def _center_boxes(
     size: int, h: Numbers, w: Numbers, resized_h: Numbers, resized_w: Numbers
 ) -> Numbers:
-    """The fractional box [1, B, 4] that Resize's truncated long side and CenterCrop's rounded corner come to."""
-    top, left = np.rint((resized_h - size) / 2), np.rint((resized_w - size) / 2)
-    scale_y, scale_x = h / resized_h, w / resized_w
+    """The fractional boxes [1, B, 4] in the image that Resize + CenterCrop amount to.
+
+    Resize truncates the long side, and CenterCrop rounds the corner.
+    """
+    top = np.rint((resized_h - size) / 2)
+    left = np.rint((resized_w - size) / 2)
+    scale_y = h / resized_h
+    scale_x = w / resized_w
     return np.stack(
         (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y), axis=-1
     )

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..buffer_pool import BufferPool
 from ..images import BadImage, Encoded, crop, decode
-from ..machine import BufferPool, single_threaded_workers
+from ..machine import single_threaded_workers
 from ..order import Samples
 from ..recipe import RandomResizedCrop, Recipe, WholeImage
 from ..stores import Store
