@@ -1,8 +1,9 @@
-"""uint8 crops + parameters -> normalised views, on the device of the crops. The same for every decoder.
+"""uint8 crops and drawn parameters in, normalised views out, on the device of the crops.
 
-Formulas are torchvision's for float images in [0, 1]. The blur is the exact Gaussian with replicated borders.
-`fused.py` carries them out on a CPU and `fused_gpu.py` on a GPU, each compiled for it. What is here is for where they
-cannot be: batched over samples that each have parameters of their own, an operation touching only those that need it.
+The formulas are torchvision's for float images in [0, 1], and the blur is the exact Gaussian with
+replicated borders. They are written three times, and tests hold them to each other: as batched
+torch operations here, in which each sample has parameters of its own; compiled for the CPU in
+`distort_cpu.py`; and for the GPU in `distort_gpu.py`. The compiled ones are used if they can be.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .recipe import (
     draw,
 )
 
-_CHUNK = 16  # images that a CPU thread takes at a time
+_IMAGES_PER_TASK = 16  # images that a CPU thread takes at a time
 
 
 def distort(
@@ -41,41 +42,51 @@ def distort(
     pool: Executor | None = None,
     memory: BufferPool | None = None,
 ) -> tuple[Tensor, ...]:
-    """Views, each [B, 3, S, S] of `out_dtype`, channels_last and normalised, from uint8 crops [V, B, S, S, 3].
+    """Distort and normalise the crops of all views.
 
-    On the CPU the threads of `pool`, if there is one, share the work: the bits are the same for any number of them. The
-    views lie in `memory` there.
+    Args:
+        crops: uint8 [V, B, S, S, 3].
+        params: Their parameters, from `draw`.
+        recipe: The recipe that they were drawn from.
+        out_dtype: Data type of the views.
+        pool: Threads that share the work on a CPU. The result is the same to the bit for any
+            number of them. Default: the calling thread.
+        memory: Where the views lie on a CPU. Default: new memory.
+
+    Returns:
+        V views, each [B, 3, S, S], channels_last, on the device of the crops.
     """
     if crops.device.type == "cpu":
         return _distort_on_cpu(crops, params, recipe, out_dtype, pool, memory or BufferPool())
-    if out_dtype != torch.float64 and (kernels := _gpu_kernels(crops.device)):
-        return kernels(crops, params, recipe, out_dtype)
+    if out_dtype != torch.float64:
+        distort_views = _load_gpu_kernels(crops.device)
+        if distort_views is not None:
+            return distort_views(crops, params, recipe, out_dtype)
     return tuple(
-        distort_batched(view, params.take(v), recipe, out_dtype) for v, view in enumerate(crops)
+        distort_batched(view_crops, params.take(v), recipe, out_dtype)
+        for v, view_crops in enumerate(crops)
     )
 
 
 @cache
-def _gpu_kernels(device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
-    """Those of `fused_gpu.py`; None where Triton is missing, or the C compiler that it needs: one image is tried.
+def _load_gpu_kernels(device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
+    """`distort_gpu.distort_views`, or None if it does not work here.
 
-    Of 16 pixels a side: the machine code is then that for all multiples of 16.
+    Triton can be missing, or the C compiler that it needs, so one image is tried. It has 16 pixels
+    a side because Triton compiles the same machine code for all multiples of 16.
     """
     try:
         from .distort_gpu import distort_views
 
         recipe = barlow_twins(16)
-        params = draw(recipe, 0, 0, *np.ones((3, 1), dtype=np.int64))
-        distort_views(
-            torch.zeros((2, 1, 16, 16, 3), dtype=torch.uint8, device=device),
-            params,
-            recipe,
-            torch.float32,
-        )
+        one = np.ones(1, dtype=np.int64)
+        params = draw(recipe, 0, 0, samples=one, heights=one, widths=one)
+        crops = torch.zeros((2, 1, 16, 16, 3), dtype=torch.uint8, device=device)
+        distort_views(crops, params, recipe, torch.float32)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warnings.warn(
-            f"distortions take several times as long, since Triton fails here: {reason}",
+            f"distortions take several times as long, because Triton fails here: {reason}",
             stacklevel=2,
         )
         return None
@@ -90,60 +101,78 @@ def _distort_on_cpu(
     pool: Executor | None,
     memory: BufferPool,
 ) -> tuple[Tensor, ...]:
-    from .distort_cpu import (
-        distort_view,  # Numba takes a second to import, and a GPU does not need it
-    )
+    # Imported here because Numba takes a second to import, and is not needed on a GPU.
+    from .distort_cpu import distort_view
 
     count, batch, size = crops.shape[:3]
-    compute = torch.promote_types(out_dtype, torch.float32)
-    views = [memory.empty((batch, size, size, 3), compute) for _ in range(count)]
+    compute_dtype = torch.promote_types(out_dtype, torch.float32)
+    views = [memory.empty((batch, size, size, 3), compute_dtype) for _ in range(count)]
 
-    def distort_chunk(chunk: tuple[int, int]) -> None:
-        v, first = chunk
-        rows = slice(first, first + _CHUNK)
+    def distort_part(part: tuple[int, int]) -> None:
+        v, first = part
+        rows = slice(first, first + _IMAGES_PER_TASK)
         distort_view(crops[v, rows].numpy(), params.take(v, rows), recipe, views[v][rows].numpy())
 
-    chunks = [(v, first) for first in range(0, batch, _CHUNK) for v in range(count)]
-    list((pool.map if pool else map)(distort_chunk, chunks))
+    parts = [(v, first) for first in range(0, batch, _IMAGES_PER_TASK) for v in range(count)]
+    if pool is None:
+        for part in parts:
+            distort_part(part)
+    else:
+        list(pool.map(distort_part, parts))  # the list waits for all of them
     return tuple(view.permute(0, 3, 1, 2).to(out_dtype) for view in views)
 
 
 def distort_batched(
     crops: Tensor, params: ViewParams, recipe: Recipe, out_dtype: torch.dtype
 ) -> Tensor:
-    """One view [B, 3, S, S] of uint8 crops [B, S, S, 3], on any device."""
-    compute = torch.promote_types(out_dtype, torch.float32)
-    x = (
-        crops.permute(0, 3, 1, 2).to(compute, memory_format=torch.contiguous_format).div_(255)
-    )  # [B, 3, S, S]
+    """Distort the crops of one view with batched torch operations, on any device.
 
-    def apply(
-        operation: Callable[..., Tensor], chosen: NDArray[np.bool_], *values: NDArray[np.float32]
-    ) -> None:
-        """x = operation(x, *values) for the chosen samples; `values` [B] arrive as [n, 1, 1, 1]."""
-        if not chosen.any():
-            return
-        at = torch.from_numpy(np.flatnonzero(chosen)).to(x.device)
-        columns = (
-            torch.from_numpy(v[chosen]).to(x.device, compute)[:, None, None, None] for v in values
-        )
-        x[at] = operation(x[at], *columns)
+    Args:
+        crops: uint8 [B, S, S, 3].
+        params: Their parameters, without the dimension of the views.
+        recipe: The recipe that they were drawn from.
+        out_dtype: Data type of the view.
 
-    apply(_flip, params.flip)
+    Returns:
+        The view [B, 3, S, S], channels_last.
+    """
+    compute_dtype = torch.promote_types(out_dtype, torch.float32)
+    x = crops.permute(0, 3, 1, 2)  # [B, 3, S, S]
+    x = x.to(compute_dtype, memory_format=torch.contiguous_format).div_(255)
+
+    _apply(_flip, x, params.flip)
     for place in range(4):
         for number, operation in _JITTER.items():
             factor = params.jitter_factor[:, number]
             chosen = params.jitter & (params.jitter_order[:, place] == number)
-            apply(operation, chosen & (factor != _IDENTITY[number]), factor)
-    apply(_grayscale, params.gray)
-    apply(_blur, params.blur_sigma > 0, params.blur_sigma)
-    apply(_solarize, params.solarize)
+            _apply(operation, x, chosen & (factor != _IDENTITY[number]), factor)
+    _apply(_grayscale, x, params.gray)
+    _apply(_blur, x, params.blur_sigma > 0, params.blur_sigma)
+    _apply(_solarize, x, params.solarize)
 
-    mean, std = (
-        torch.tensor(c, dtype=compute, device=x.device)[:, None, None]
-        for c in (recipe.mean, recipe.std)
-    )
+    mean = torch.tensor(recipe.mean, dtype=compute_dtype, device=x.device)[:, None, None]
+    std = torch.tensor(recipe.std, dtype=compute_dtype, device=x.device)[:, None, None]
     return x.sub_(mean).div_(std).to(out_dtype, memory_format=torch.channels_last)
+
+
+def _apply(
+    operation: Callable[..., Tensor],
+    x: Tensor,
+    chosen: NDArray[np.bool_],
+    *values: NDArray[np.float32],
+) -> None:
+    """Apply `operation` in place to the chosen images of `x` [B, 3, S, S].
+
+    It is called with the n chosen images and, of each of `values` [B], theirs as [n, 1, 1, 1].
+    """
+    if not chosen.any():
+        return
+    indices = torch.from_numpy(np.flatnonzero(chosen)).to(x.device)
+    arguments = [
+        torch.from_numpy(value[chosen]).to(x.device, x.dtype)[:, None, None, None]
+        for value in values
+    ]
+    x[indices] = operation(x[indices], *arguments)
 
 
 def _flip(x: Tensor) -> Tensor:
@@ -159,8 +188,9 @@ def _brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Around the mean grey level of the image as it is now, after the operations before."""
-    return (x * factor + (1 - factor) * _luma(x).mean((1, 2, 3), keepdim=True)).clamp_(0, 1)
+    """Around the mean grey level of the image after the operations before this one."""
+    mean = _luma(x).mean((1, 2, 3), keepdim=True)
+    return (x * factor + (1 - factor) * mean).clamp_(0, 1)
 
 
 def _saturation(x: Tensor, factor: Tensor) -> Tensor:
@@ -168,13 +198,15 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(x: Tensor, shift: Tensor) -> Tensor:
-    """A shift in HSV by `shift` turns of the colour wheel, through the closed form of HSV -> RGB.
+    """Shift the hue in HSV by `shift` turns of the colour wheel, with HSV -> RGB in closed form.
 
-    With value v, chroma c and hue h in sixths of a turn, channel k is v - c * clamp(min(t, 4 - t), 0, 1),
-    t = (h + n_k) mod 6, n = 5, 3, 1 for red, green and blue: no sextant tables, no gathers.
+    With value v, chroma c and hue h in sixths of a turn, channel k is
+    v - c * clamp(min(t, 4 - t), 0, 1), where t = (h + n_k) mod 6 and n = 5, 3, 1 for red, green and
+    blue. This needs no tables of sextants and no gathers.
     """
     red, green, blue = x.unbind(1)  # [n, S, S] each
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
     safe = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(
         value == red,
@@ -194,22 +226,25 @@ def _grayscale(x: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of rows, then columns, each a product with one matrix per sample: any mixture of sigmas at once.
+    """Gaussian blur of the rows, then of the columns, as products with one matrix per image.
 
-    Row i of the matrix is the normalised kernel around pixel i. What would fall outside the image is added to the
-    pixel at its edge, which is what replicating the border means; the kernel is cut off at twice the size only.
+    Images of any mixture of sigmas are blurred at once. Row i of the matrix is the normalised
+    kernel around pixel i. The weights that would fall outside the image are added to the pixel at
+    its edge, which replicates the border. The kernel is cut off at twice the size.
     """
-    size, n = x.shape[-1], len(x)
+    size = x.shape[-1]
+    n = len(x)
     pixel = torch.arange(size, device=x.device)
     distance = torch.arange(2 * size, device=x.device)
     kernel = torch.exp(-0.5 * (distance / sigma[:, 0, 0]) ** 2)  # [n, 2 S], one side of it
-    beyond = (kernel[:, None] * (distance > pixel[:, None])).sum(
-        2
-    )  # [n, S]: more than i pixels away
+
+    is_beyond = distance > pixel[:, None]  # [S, 2 S]: more than i pixels away
+    weight_beyond = (kernel[:, None] * is_beyond).sum(2)  # [n, S]
     matrix = kernel[:, (pixel[:, None] - pixel).abs()]  # [n, S, S]
-    matrix[:, :, 0] += beyond
-    matrix[:, :, -1] += beyond.flip(1)
+    matrix[:, :, 0] += weight_beyond
+    matrix[:, :, -1] += weight_beyond.flip(1)
     matrix /= matrix.sum(2, keepdim=True)
+
     rows = x.reshape(n, 3 * size, size) @ matrix.mT
     return (matrix[:, None] @ rows.reshape(n, 3, size, size)).clamp_(0, 1)
 
@@ -219,4 +254,4 @@ def _solarize(x: Tensor) -> Tensor:
 
 
 _JITTER = {BRIGHTNESS: _brightness, CONTRAST: _contrast, SATURATION: _saturation, HUE: _hue}
-_IDENTITY = {BRIGHTNESS: 1, CONTRAST: 1, SATURATION: 1, HUE: 0}
+_IDENTITY = {BRIGHTNESS: 1, CONTRAST: 1, SATURATION: 1, HUE: 0}  # factors that change nothing

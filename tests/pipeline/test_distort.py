@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms._functional_tensor import _hsv2rgb, _rgb2hsv
 
 from pipeline import LoaderOptions, distort_cpu, open_loader, open_store
-from pipeline.distort import _gpu_kernels, distort_batched
+from pipeline.distort import _load_gpu_kernels, distort_batched
 from pipeline.distort import distort as distort_on_cpu
 from pipeline.recipe import (
     BRIGHTNESS,
@@ -400,9 +400,9 @@ def test_without_triton_a_gpu_distorts_in_batches(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "pipeline.distort_gpu", raising=False)
     with pytest.warns(UserWarning, match="Triton fails here: import of triton halted"):
-        assert _gpu_kernels.__wrapped__(cpu) is None
+        assert _load_gpu_kernels.__wrapped__(cpu) is None
     monkeypatch.undo()
-    assert _gpu_kernels.__wrapped__(cpu) is not None
+    assert _load_gpu_kernels.__wrapped__(cpu) is not None
 
 
 # ── each of them alone ───────────────────────────────────────────────────────────────────────────────────────────────
