@@ -131,13 +131,16 @@ def linear(command: LinearCommand, console: Console) -> None:
     if len(heads) > 1:
         name += "-sweep"
 
+    sgd = evaluation.SGDConfig(
+        protocol.epochs, tuple(heads), milestones=protocol.milestones or None
+    )
     training = evaluation.ClassifierTraining(
         name,
-        evaluation.SGDConfig(protocol.epochs, tuple(heads), milestones=protocol.milestones or None),
-        command.batch_size,
-        command.images.seed,
-        command.resume,
-        command.precision,
+        sgd,
+        batch_size=command.batch_size,
+        seed=command.images.seed,
+        resume=command.resume,
+        precision=command.precision,
     )
     trained = evaluation.train_classifiers(network, train, training)
     scores = evaluation.evaluate_heads(
@@ -192,7 +195,11 @@ def semisup(command: SemisupCommand, console: Console) -> None:
         gamma=0.2,
     )
     training = evaluation.ClassifierTraining(
-        name, sgd, protocol.batch_size, command.images.seed, command.resume
+        name,
+        sgd,
+        batch_size=protocol.batch_size,
+        seed=command.images.seed,
+        resume=command.resume,
     )
     (head,) = evaluation.train_classifiers(network, labelled, training)
     (score,) = evaluation.evaluate_heads(network.backbone, [head], network.views(test, "testing"))
@@ -220,8 +227,9 @@ def svm(command: SvmCommand, console: Console) -> None:
     devkit = find_devkit(command.voc07, console)
     trainval, trainval_features, classes = read_voc_split(network, devkit, "trainval")
     test, test_features, _ = read_voc_split(network, devkit, "test")
-    # Starting processes takes longer than the fits on the demo's development kit.
-    jobs = 1 if command.voc07 is None else command.threads or pipeline.usable_cores()
+    jobs = command.threads or pipeline.usable_cores()
+    if command.voc07 is None:
+        jobs = 1  # to start processes would take longer than the fits on demo images
     with console.progress("support vector machines") as bar:
         svms = evaluation.svm_map(
             trainval_features, test_features, classes, jobs=jobs, progress=bar
@@ -290,7 +298,7 @@ def export(command: ExportCommand, console: Console) -> None:
     console.print(f"written to {printable(str(path))}")
 
 
-# --- What several commands do ---------------------------------------------------------------------
+# --- Parts of the commands ------------------------------------------------------------------------
 
 
 def open_network(config: NetworkConfig, images: ImagesConfig, console: Console) -> EvaluatedNetwork:
@@ -320,14 +328,11 @@ def index_of_best(scores: Sequence[dict[str, float]]) -> int:
 
 
 def print_sweep(details: Sequence[dict[str, float]], console: Console) -> None:
-    console.table(
-        {
-            f"lr {head['lr']:g}, weight decay {head['weight decay']:g}": (
-                f"{head['top1']:.2f} / {head['top5']:.2f}"
-            )
-            for head in details
-        }
-    )
+    rows = {}
+    for head in details:
+        name = f"lr {head['lr']:g}, weight decay {head['weight decay']:g}"
+        rows[name] = f"{head['top1']:.2f} / {head['top5']:.2f}"
+    console.table(rows)
     console.print(
         "The best classifier was chosen on the test set, so its accuracy is slightly optimistic."
     )

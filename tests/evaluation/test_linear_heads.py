@@ -1,4 +1,4 @@
-"""Linear heads beside a plain loop after the authors' evaluate.py; sweeps, resume, and what must not move."""
+"""Training of linear heads, compared with a loop like the authors' evaluate.py; resuming; speed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 from torch import Tensor, nn
 
 import pipeline
-from evaluation import Batches, Tuning, accuracies, train_heads
-from model import build_backbone
-from model.backbone import Backbone
+from evaluation import Batches, RunOptions, SGDConfig, evaluate_heads, train_heads
+from model import Backbone, build_backbone
 
 CLASSES = 7
 
 
-def backbone(width: int = 4, dtype: torch.dtype = torch.float64) -> Backbone:
-    """With residual branches that are not zero, and batch-norm averages that are not those of a fresh network."""
+def random_backbone(width: int = 4, dtype: torch.dtype = torch.float64) -> Backbone:
+    """With residual branches that are not zero, and running averages unlike the initial ones."""
     torch.manual_seed(3)
     network = build_backbone("resnet18", width)
     with torch.no_grad():
@@ -38,52 +37,61 @@ def backbone(width: int = 4, dtype: torch.dtype = torch.float64) -> Backbone:
 
 
 def batches(
-    epoch: int, dtype: torch.dtype = torch.float64, size: int = 16
+    epoch: int, dtype: torch.dtype = torch.float64
 ) -> list[tuple[tuple[Tensor], Tensor, Tensor]]:
+    """Three batches of eight views of noise, whose brightness depends on the label."""
     generator = torch.Generator().manual_seed(epoch)
-    found = []
+    result = []
     for _ in range(3):
         labels = torch.randint(CLASSES, (8,), generator=generator)
-        views = (
-            torch.randn(8, 3, size, size, generator=generator, dtype=dtype)
-            + labels[:, None, None, None] / 5
-        )
-        found.append(((views,), labels, torch.arange(8)))
-    return found
+        noise = torch.randn(8, 3, 16, 16, generator=generator, dtype=dtype)
+        views = noise + labels[:, None, None, None] / 5
+        result.append(((views,), labels, torch.arange(8)))
+    return result
 
 
-def trained(network: Backbone, tuning: Tuning, **named: Any) -> list[nn.Linear]:
-    named = {"seed": 5, "settings": {"data": "noise"}, "epoch_batches": batches} | named
-    return train_heads(network, CLASSES, tuning, **named)
+def float32_batches(epoch: int) -> list[tuple[tuple[Tensor], Tensor, Tensor]]:
+    return batches(epoch, torch.float32)
 
 
-def authors_loop(network: Backbone, tuning: Tuning, head: tuple[float, float]) -> nn.Module:
-    """evaluate.py of facebookresearch/barlowtwins on torchvision's network: `--weights freeze` or `finetune`."""
+def train(
+    network: Backbone,
+    sgd: SGDConfig,
+    epoch_batches: Callable[[int], Batches] = batches,
+    **options: Any,
+) -> list[nn.Linear]:
+    run = RunOptions(**{"seed": 5, "settings": {"data": "noise"}, **options})
+    return train_heads(network, CLASSES, sgd, epoch_batches, run)
+
+
+def authors_loop(network: Backbone, sgd: SGDConfig, head: tuple[float, float]) -> nn.Module:
+    """evaluate.py of facebookresearch/barlowtwins, with `--weights freeze` or `finetune`.
+
+    The network is torchvision's; `head` is the classifier's learning rate and weight decay.
+    """
     model = torchvision.models.resnet18(num_classes=CLASSES).double()
-    [start] = trained(copy.deepcopy(network), replace(tuning, epochs=0, heads=(head,)))
+    [start] = train(copy.deepcopy(network), replace(sgd, epochs=0, heads=(head,)))
     model.load_state_dict(network.state_dict() | {"fc.weight": start.weight, "fc.bias": start.bias})
-    finetune = tuning.backbone_lr is not None
+    finetune = sgd.backbone_lr is not None
     if not finetune:
         model.requires_grad_(False)
         model.fc.requires_grad_(True)
+
     groups = [{"params": model.fc.parameters(), "lr": head[0], "weight_decay": head[1]}]
     if finetune:
-        rest = [
-            value
-            for name, value in model.named_parameters()
-            if name not in {"fc.weight", "fc.bias"}
-        ]
-        groups.append({"params": rest, "lr": tuning.backbone_lr, "weight_decay": 0})
+        names = {"fc.weight", "fc.bias"}
+        rest = [value for name, value in model.named_parameters() if name not in names]
+        groups.append({"params": rest, "lr": sgd.backbone_lr, "weight_decay": 0})
     optimizer = torch.optim.SGD(groups, 0, momentum=0.9)
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    if tuning.milestones:
-        scheduler = torch.optim.lr_scheduler.MultiStepLR(
-            optimizer, list(tuning.milestones), tuning.gamma
-        )
+    if sgd.milestones:
+        milestones = list(sgd.milestones)
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, sgd.gamma)
     else:
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, tuning.epochs)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, sgd.epochs)
+
     criterion = nn.CrossEntropyLoss()
-    for epoch in range(tuning.epochs):
+    for epoch in range(sgd.epochs):
         model.train(finetune)
         for (images,), target, _ in batches(epoch):
             loss = criterion(model(images), target)
@@ -94,265 +102,290 @@ def authors_loop(network: Backbone, tuning: Tuning, head: tuple[float, float]) -
     return model
 
 
-def close(a: Tensor, b: Tensor) -> None:
+def assert_close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def bits(*modules: nn.Module) -> list[Tensor]:
+def state_of(*modules: nn.Module) -> list[Tensor]:
     return [value.clone() for module in modules for value in module.state_dict().values()]
 
 
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
+def is_identical(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
+# --- Training -------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("milestones", [None, (1, 3)])
-def test_each_frozen_head_of_a_sweep_is_the_authors(milestones: tuple[int, ...] | None) -> None:
-    network = backbone(64)
-    tuning = Tuning(4, ((0.3, 1e-6), (0.03, 0.05), (0.3, 0.05)), milestones=milestones, gamma=0.2)
-    heads = trained(copy.deepcopy(network), tuning)
-    for settings, head in zip(tuning.heads, heads, strict=True):
-        theirs = authors_loop(network, tuning, settings)
-        close(head.weight, theirs.fc.weight)
-        close(head.bias, theirs.fc.bias)
+def test_each_head_on_a_frozen_backbone_is_that_of_the_authors(
+    milestones: tuple[int, ...] | None,
+) -> None:
+    network = random_backbone(64)
+    sgd = SGDConfig(4, ((0.3, 1e-6), (0.03, 0.05), (0.3, 0.05)), milestones=milestones, gamma=0.2)
+    heads = train(copy.deepcopy(network), sgd)
+    for settings, head in zip(sgd.heads, heads, strict=True):
+        theirs = authors_loop(network, sgd, settings)
+        assert_close(head.weight, theirs.fc.weight)
+        assert_close(head.bias, theirs.fc.bias)
     assert not torch.allclose(heads[0].weight, heads[2].weight, rtol=1e-3), "weight decay counts"
 
 
 @pytest.mark.parametrize("milestones", [None, (1, 2)])
-def test_a_fine_tuned_network_is_the_authors(milestones: tuple[int, ...] | None) -> None:
-    network = backbone(64)
-    tuning = Tuning(3, ((0.05, 0.01),), backbone_lr=0.002, milestones=milestones, gamma=0.2)
+def test_a_fine_tuned_network_is_that_of_the_authors(milestones: tuple[int, ...] | None) -> None:
+    network = random_backbone(64)
+    sgd = SGDConfig(3, ((0.05, 0.01),), backbone_lr=0.002, milestones=milestones, gamma=0.2)
     ours = copy.deepcopy(network)
-    [head] = trained(ours, tuning)
-    theirs = authors_loop(network, tuning, tuning.heads[0]).state_dict()
-    for name, value in (
-        ours.state_dict() | {f"fc.{name}": value for name, value in head.state_dict().items()}
-    ).items():
-        close(value, theirs[name])
-    assert int(ours.bn1.num_batches_tracked) == 9, "its averages went along"
+    [head] = train(ours, sgd)
+    theirs = authors_loop(network, sgd, sgd.heads[0]).state_dict()
+    for name, value in ours.state_dict().items():
+        assert_close(value, theirs[name])
+    for name, value in head.state_dict().items():
+        assert_close(value, theirs[f"fc.{name}"])
+    assert int(ours.bn1.num_batches_tracked) == 9, "batch norm is in training mode"
 
 
-def test_a_sweep_gives_what_each_head_gives_alone() -> None:
+def test_heads_trained_together_are_identical_to_heads_trained_alone() -> None:
     grid = ((0.3, 0.0), (3.0, 1e-3), (0.01, 0.1))
-    together = trained(backbone(), Tuning(3, grid))
+    together = train(random_backbone(), SGDConfig(3, grid))
     for settings, head in zip(grid, together, strict=True):
-        [alone] = trained(backbone(), Tuning(3, (settings,)))
-        assert same(bits(head), bits(alone))
+        [alone] = train(random_backbone(), SGDConfig(3, (settings,)))
+        assert is_identical(state_of(head), state_of(alone))
 
 
-def test_heads_start_alike_from_small_weights() -> None:
-    a, b = trained(backbone(64), Tuning(0, ((0.1, 0), (0.2, 0))))
-    [other] = trained(backbone(64), Tuning(0, ((0.1, 0),)), seed=6)
-    assert same(bits(a), bits(b))
-    assert not same(bits(a), bits(other))
-    weight = a.weight.detach()
-    assert float(weight.std()) == pytest.approx(0.01, rel=0.05)  # 3584 weights
+def test_all_heads_start_from_the_same_small_weights() -> None:
+    first, second = train(random_backbone(64), SGDConfig(0, ((0.1, 0), (0.2, 0))))
+    [other_seed] = train(random_backbone(64), SGDConfig(0, ((0.1, 0),)), seed=6)
+    assert is_identical(state_of(first), state_of(second))
+    assert not is_identical(state_of(first), state_of(other_seed))
+    weight = first.weight.detach()
+    assert float(weight.std()) == pytest.approx(0.01, rel=0.05)  # of 3584 weights
     assert float(weight.mean()) == pytest.approx(0, abs=1e-3)
-    assert not a.bias.any()
+    assert not first.bias.any()
 
 
-def test_a_head_that_diverges_leaves_the_others_alone() -> None:
-    network = backbone(dtype=torch.float32)
-    losses = []
-    wild, calm = trained(
+def test_a_head_that_diverges_does_not_affect_the_others() -> None:
+    network = random_backbone(dtype=torch.float32)
+    progress: list[tuple[int, list[float]]] = []
+
+    def note_progress(epochs_done: int, losses: list[float]) -> None:
+        progress.append((epochs_done, losses))
+
+    diverging, stable = train(
         network,
-        Tuning(2, ((1e38, 1.0), (0.1, 0.0))),
-        epoch_batches=lambda epoch: batches(epoch, torch.float32),
-        progress=lambda epochs, means: losses.append((epochs, means)),
+        SGDConfig(2, ((1e38, 1.0), (0.1, 0.0))),
+        float32_batches,
+        progress=note_progress,
     )
-    [alone] = trained(
-        network, Tuning(2, ((0.1, 0.0),)), epoch_batches=lambda epoch: batches(epoch, torch.float32)
-    )
-    assert not wild.weight.isfinite().all()
-    assert same(bits(calm), bits(alone))
-    assert [epochs for epochs, _ in losses] == [1, 2]
-    assert not math.isfinite(losses[-1][1][0])
-    assert 0 < losses[-1][1][1] < 4
-    of_wild, of_calm = accuracies(network, [wild, calm], batches(9, torch.float32))
-    assert all(math.isnan(value) for value in of_wild.values())
-    assert all(math.isfinite(value) for value in of_calm.values())
+    [alone] = train(network, SGDConfig(2, ((0.1, 0.0),)), float32_batches)
+    assert not diverging.weight.isfinite().all()
+    assert is_identical(state_of(stable), state_of(alone))
+
+    assert [epochs_done for epochs_done, _ in progress] == [1, 2]
+    _, (diverging_loss, stable_loss) = progress[-1]
+    assert not math.isfinite(diverging_loss)
+    assert 0 < stable_loss < 4
+    scores = evaluate_heads(network, [diverging, stable], float32_batches(9))
+    assert all(math.isnan(value) for value in scores[0].values())
+    assert all(math.isfinite(value) for value in scores[1].values())
 
 
 @pytest.mark.parametrize("backbone_lr", [None, 1e30])
-def test_where_all_diverge_it_ends_with_a_remedy(backbone_lr: float | None, tmp_path: Path) -> None:
-    tuning = Tuning(9, ((1e300, 1.0),), backbone_lr=backbone_lr)
-    with pytest.raises(
-        FloatingPointError,
-        match=r"in epoch \d, with a learning rate of 1e\+300.*: a lower one may help",
-    ):
-        trained(backbone(), tuning, checkpoint=tmp_path / "heads.pt")
-    assert not any(tmp_path.iterdir()), "nothing that has diverged is kept"
+def test_training_stops_with_a_remedy_if_all_heads_diverge(
+    backbone_lr: float | None, tmp_path: Path
+) -> None:
+    sgd = SGDConfig(9, ((1e300, 1.0),), backbone_lr=backbone_lr)
+    message = r"in epoch \d, with a learning rate of 1e\+300.*: a lower one may help"
+    with pytest.raises(FloatingPointError, match=message):
+        train(random_backbone(), sgd, checkpoint=tmp_path / "heads.pt")
+    assert not any(tmp_path.iterdir()), "weights that have diverged are not saved"
 
 
-def test_accuracies_are_those_of_scikit_learn() -> None:
-    network = backbone()
-    heads = trained(network, Tuning(2, ((0.01, 0.0), (0.1, 0.0))))
-    views, labels = (
-        torch.cat([v for (v,), _, _ in batches(8)]),
-        torch.cat([x for _, x, _ in batches(8)]),
-    )
-    parts = [((views[a:b],), labels[a:b], labels[a:b]) for a, b in ((0, 10), (10, 20), (20, 24))]
-    network.train()
-    found = accuracies(network, heads, parts)
-    assert not network.training
-    names = np.arange(CLASSES)
-    for head, ours in zip(heads, found, strict=True):
-        scores = head(network(views)).softmax(1).detach().numpy()
-        for k in (1, 5):
-            assert ours[f"top{k}"] == pytest.approx(
-                100 * top_k_accuracy_score(labels, scores, k=k, labels=names)
-            )
-        assert ours["loss"] == pytest.approx(log_loss(labels, scores, labels=names))
-    assert 0 < found[0]["top1"] < found[0]["top5"] < 100
+def test_a_frozen_backbone_is_identical_afterwards() -> None:
+    network = random_backbone()
+    before = state_of(network)
+    train(network, SGDConfig(2, ((0.3, 0.0),)))
+    assert is_identical(state_of(network), before)
 
 
-def test_with_fewer_than_five_classes_top5_is_all() -> None:
-    network = backbone()
-    [head] = train_heads(network, 3, Tuning(0, ((0.1, 0),)), batches, seed=0, settings={})
-    few = [(views, labels % 3, samples) for views, labels, samples in batches(0)]
-    assert accuracies(network, [head], few)[0]["top5"] == 100
+def test_a_change_of_the_frozen_backbone_is_detected() -> None:
+    network = random_backbone()
 
-
-def test_a_frozen_backbone_stays_as_it_was_and_that_is_checked() -> None:
-    network = backbone()
-    before = bits(network)
-    trained(network, Tuning(2, ((0.3, 0.0),)))
-    assert same(bits(network), before)
-
-    def meddling(epoch: int) -> Batches:
+    def batches_that_change_the_backbone(epoch: int) -> Batches:
         network.bn1.running_mean[0] += 1e-12
         return batches(epoch)
 
     with pytest.raises(AssertionError, match="frozen backbone has changed"):
-        trained(network, Tuning(2, ((0.3, 0.0),)), epoch_batches=meddling)
+        train(network, SGDConfig(2, ((0.3, 0.0),)), batches_that_change_the_backbone)
 
 
-def test_images_without_labels_never_teach_nor_count() -> None:
-    network = backbone()
+def test_reduced_precision_affects_only_the_features() -> None:
+    network = random_backbone(dtype=torch.float32)
+    sgd = SGDConfig(1, ((0.1, 0.0),))
+    [full] = train(network, sgd, float32_batches)
+    [reduced] = train(network, sgd, float32_batches, amp_dtype=torch.bfloat16)
+    assert reduced.weight.dtype == torch.float32
+    assert not torch.equal(full.weight, reduced.weight)
+    torch.testing.assert_close(full.weight, reduced.weight, rtol=0.05, atol=0.01)
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_scikit_learn() -> None:
+    network = random_backbone()
+    heads = train(network, SGDConfig(2, ((0.01, 0.0), (0.1, 0.0))))
+    views = torch.cat([view for (view,), _, _ in batches(8)])
+    labels = torch.cat([part for _, part, _ in batches(8)])
+    parts = [((views[a:b],), labels[a:b], labels[a:b]) for a, b in ((0, 10), (10, 20), (20, 24))]
+    network.train()
+    results = evaluate_heads(network, heads, parts)
+    assert not network.training
+
+    names = np.arange(CLASSES)
+    for head, result in zip(heads, results, strict=True):
+        scores = head(network(views)).softmax(1).detach().numpy()
+        for k in (1, 5):
+            accuracy = top_k_accuracy_score(labels, scores, k=k, labels=names)
+            assert result[f"top{k}"] == pytest.approx(100 * accuracy)
+        assert result["loss"] == pytest.approx(log_loss(labels, scores, labels=names))
+    assert 0 < results[0]["top1"] < results[0]["top5"] < 100
+
+
+def test_top5_is_100_if_there_are_fewer_than_five_classes() -> None:
+    network = random_backbone()
+    options = RunOptions(seed=0, settings={})
+    [head] = train_heads(network, 3, SGDConfig(0, ((0.1, 0),)), batches, options)
+    few = [(views, labels % 3, samples) for views, labels, samples in batches(0)]
+    assert evaluate_heads(network, [head], few)[0]["top5"] == 100
+
+
+def test_images_without_labels_are_an_error() -> None:
+    network = random_backbone()
     unlabelled = [
         (views, torch.full_like(labels, -1), samples) for views, labels, samples in batches(0)
     ]
+    heads = train(network, SGDConfig(0, ((0.3, 0.0),)))
     with pytest.raises(IndexError):  # of the cross-entropy
-        trained(network, Tuning(1, ((0.3, 0.0),)), epoch_batches=lambda epoch: unlabelled)
+        train(network, SGDConfig(1, ((0.3, 0.0),)), lambda epoch: unlabelled)
     with pytest.raises(IndexError):  # of the cross-entropy
-        accuracies(network, trained(network, Tuning(0, ((0.3, 0.0),))), unlabelled)
+        evaluate_heads(network, heads, unlabelled)
 
 
-def test_another_precision_is_that_of_the_features_alone() -> None:
-    network = backbone(dtype=torch.float32)
-    both = [
-        trained(
-            network,
-            Tuning(1, ((0.1, 0.0),)),
-            epoch_batches=lambda e: batches(e, torch.float32),
-            amp_dtype=dtype,
-        )[0]
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    assert both[1].weight.dtype == torch.float32
-    assert not torch.equal(both[0].weight, both[1].weight)
-    torch.testing.assert_close(both[0].weight, both[1].weight, rtol=0.05, atol=0.01)
+# --- Resuming -------------------------------------------------------------------------------------
+
+FROZEN = SGDConfig(4, ((0.3, 1e-3), (0.1, 0.0)))
+FINE_TUNED = SGDConfig(4, ((0.3, 0.0),), backbone_lr=0.01, milestones=(2,))
 
 
-# ── resume ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def interrupted_in(interrupted_epoch: int) -> Callable[[int], Batches]:
+    """The batches of each epoch; KeyboardInterrupt after two batches of one epoch."""
 
-
-FROZEN, TUNED = (
-    Tuning(4, ((0.3, 1e-3), (0.1, 0.0))),
-    Tuning(4, ((0.3, 0.0),), backbone_lr=0.01, milestones=(2,)),
-)
-
-
-def killed_in(epoch: int) -> Callable[[int], Batches]:
-    def epoch_batches(now: int) -> Batches:
-        yield from batches(now)[: None if now < epoch else 2]
-        if now == epoch:
-            raise KeyboardInterrupt
+    def epoch_batches(epoch: int) -> Batches:
+        if epoch < interrupted_epoch:
+            yield from batches(epoch)
+            return
+        yield from batches(epoch)[:2]
+        raise KeyboardInterrupt
 
     return epoch_batches
 
 
-@pytest.mark.parametrize("tuning", [FROZEN, TUNED], ids=["frozen", "tuned"])
-def test_what_was_interrupted_goes_on_to_the_same_bits(tuning: Tuning, tmp_path: Path) -> None:
-    path, whole = tmp_path / "heads.pt", backbone()
-    expected = bits(*trained(whole, tuning), whole)
+@pytest.mark.parametrize("sgd", [FROZEN, FINE_TUNED], ids=["frozen", "fine-tuned"])
+def test_resume_is_bit_exact(sgd: SGDConfig, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "heads.pt"
+    uninterrupted = random_backbone()
+    expected = state_of(*train(uninterrupted, sgd), uninterrupted)
     for epoch in (1, 3):
         with pytest.raises(KeyboardInterrupt):
-            trained(
-                backbone(),
-                tuning,
-                checkpoint=path,
+            train(
+                random_backbone(),
+                sgd,
+                interrupted_in(epoch),
+                checkpoint=checkpoint,
                 resume=epoch > 1,
-                epoch_batches=killed_in(epoch),
             )
-    network, seen = backbone(), []
-    heads = trained(
+
+    network = random_backbone()
+    epochs: list[int] = []
+    heads = train(
         network,
-        tuning,
-        checkpoint=path,
+        sgd,
+        checkpoint=checkpoint,
         resume=True,
-        progress=lambda epochs, _: seen.append(epochs),
+        progress=lambda epochs_done, losses: epochs.append(epochs_done),
     )
-    assert same(bits(*heads, network), expected)
-    assert seen == [4]
-    network = backbone()
-    again = trained(network, tuning, checkpoint=path, resume=True, epoch_batches=killed_in(0))
-    assert same(bits(*again, network), expected), "a finished one has nothing left to do"
+    assert is_identical(state_of(*heads, network), expected)
+    assert epochs == [4]
+
+
+@pytest.mark.parametrize("sgd", [FROZEN, FINE_TUNED], ids=["frozen", "fine-tuned"])
+def test_resuming_a_finished_training_returns_its_heads(sgd: SGDConfig, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "heads.pt"
+    trained = random_backbone()
+    expected = state_of(*train(trained, sgd, checkpoint=checkpoint), trained)
+    network = random_backbone()
+    # No batch is read, or it would be interrupted.
+    heads = train(network, sgd, interrupted_in(0), checkpoint=checkpoint, resume=True)
+    assert is_identical(state_of(*heads, network), expected)
 
 
 @pytest.mark.parametrize(
-    ("named", "said"),
+    ("sgd", "options", "message"),
     [
-        ({"tuning": replace(FROZEN, epochs=5)}, r"epochs: 4 saved, 5 now$"),
+        (replace(FROZEN, epochs=5), {}, r"epochs: 4 saved, 5 now\."),
         (
-            {"tuning": replace(FROZEN, momentum=0.5), "seed": 6},
-            r"momentum: 0.9 saved, 0.5 now; seed: 5 saved, 6 now$",
+            replace(FROZEN, momentum=0.5),
+            {"seed": 6},
+            r"momentum: 0.9 saved, 0.5 now; seed: 5 saved, 6 now\.",
         ),
-        ({"tuning": TUNED}, r"backbone_lr: None saved, 0.01 now; heads: .*milestones: None saved"),
-        ({"settings": {"data": "photos"}}, r"data: noise saved, photos now$"),
+        (
+            FINE_TUNED,
+            {},
+            r"backbone_lr: None saved, 0.01 now; heads: .*milestones: None saved",
+        ),
+        (FROZEN, {"settings": {"data": "photos"}}, r"data: noise saved, photos now\."),
     ],
 )
-def test_other_settings_are_named_and_refused(
-    named: dict[str, Any], said: str, tmp_path: Path
+def test_resuming_with_other_settings_is_refused(
+    sgd: SGDConfig, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "heads.pt"
+    checkpoint = tmp_path / "heads.pt"
     with pytest.raises(KeyboardInterrupt):
-        trained(backbone(), FROZEN, checkpoint=path, epoch_batches=killed_in(1))
-    with pytest.raises(
-        ValueError, match=rf"heads\.pt cannot be resumed, it is of other settings: {said}"
-    ):
-        trained(backbone(), checkpoint=path, resume=True, **({"tuning": FROZEN} | named))
+        train(random_backbone(), FROZEN, interrupted_in(1), checkpoint=checkpoint)
+    start = r"heads\.pt cannot be resumed with other settings than it was saved with: "
+    with pytest.raises(ValueError, match=start + message):
+        train(random_backbone(), sgd, checkpoint=checkpoint, resume=True, **options)
 
 
-def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:
+def test_resuming_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"heads\.pt: No such file"):
-        trained(backbone(), FROZEN, checkpoint=tmp_path / "heads.pt", resume=True)
+        train(random_backbone(), FROZEN, checkpoint=tmp_path / "heads.pt", resume=True)
 
 
-# ── speed ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# --- Speed ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_twelve_heads_at_once_are_four_times_as_fast_as_one_after_the_other() -> None:
-    """On the demo's images, decoded and distorted as in a real evaluation; the median of three turns."""
-    train, _ = pipeline.find_splits(
-        pipeline.demo_folder(pipeline.cache_folder(), lambda done, total: None)
-    )
-    store = pipeline.random_subset(1024, pipeline.open_store(train))
+def test_twelve_heads_together_are_four_times_as_fast_as_one_by_one() -> None:
+    """On demo images, decoded and distorted as in a real evaluation; the median of three runs."""
+    folder, _ = pipeline.find_splits(pipeline.demo_folder(pipeline.cache_folder()))
+    store = pipeline.random_subset(1024, pipeline.open_store(folder))
     loader = pipeline.open_loader(
         store, pipeline.center_view(48), pipeline.LoaderOptions(batch_size=256, shuffle=False)
     )
     network = build_backbone("resnet18", 16)
     grid = tuple((lr, decay) for lr in (0.03, 0.1, 0.3, 1.0) for decay in (0.0, 1e-6, 1e-4))
+    options = RunOptions(seed=0, settings={})
 
-    def seconds(tunings: list[Tuning]) -> float:
-        began = time.perf_counter()
-        for tuning in tunings:
-            train_heads(network, len(store.classes), tuning, loader.epoch, seed=0, settings={})
-        return time.perf_counter() - began
+    def seconds(configs: list[SGDConfig]) -> float:
+        start = time.perf_counter()
+        for sgd in configs:
+            train_heads(network, len(store.classes), sgd, loader.epoch, options)
+        return time.perf_counter() - start
 
-    seconds([Tuning(1, grid)])
-    turns = [
-        seconds([Tuning(1, (one,)) for one in grid]) / seconds([Tuning(1, grid)]) for _ in range(3)
-    ]
-    assert statistics.median(turns) >= 4, turns
+    together = [SGDConfig(1, grid)]
+    one_by_one = [SGDConfig(1, (head,)) for head in grid]
+    seconds(together)
+    ratios = [seconds(one_by_one) / seconds(together) for _ in range(3)]
+    assert statistics.median(ratios) >= 4, ratios

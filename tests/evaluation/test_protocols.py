@@ -1,4 +1,4 @@
-"""The published protocols and figures, and that ours are held against them."""
+"""The published protocols, and how a set-up is compared with the published one."""
 
 from __future__ import annotations
 
@@ -7,45 +7,88 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import protocols
+from evaluation import commands, protocols
+from evaluation.results import differences
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_published_protocols() -> None:
-    """The table of the method, typed a second time."""
-    jobs = {
-        name: protocols.parse(["linear", "--train", "x", "--preset", name])
-        for name in protocols.LINEAR
-    }
-    found = {
-        name: (
-            *job.protocol()[1][:3],
-            job.protocol()[1].milestones,
-            job.published().results["top1"],
-        )  # type: ignore[union-attr]
-        for name, job in jobs.items()
-    }
-    assert found == {
-        "imagenet": (100, 0.3, 1e-6, (), 73.2),
-        "mmpretrain": (100, 0.3, 1e-6, (), 71.8),
-        "places205": (14, 0.01, 5e-4, (5, 9), 54.1),
-        "inat18": (84, 0.01, 5e-4, (28, 56), 46.5),
-        "demo": (10, 0.3, 1e-6, (), 73.2),
-    }
-    scaled = protocols.parse(["linear", "--preset", "places205", "--batch-size", "512"])
-    assert scaled.heads() == [(0.02, 5e-4)]  # type: ignore[union-attr]
+def linear_command(*arguments: str) -> commands.LinearCommand:
+    command = commands.parse(["linear", *arguments])
+    assert isinstance(command, commands.LinearCommand)
+    return command
+
+
+# Epochs, learning rate, weight decay, milestones and published top-1, typed a second time.
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("imagenet", (100, 0.3, 1e-6, (), 73.2)),
+        ("mmpretrain", (100, 0.3, 1e-6, (), 71.8)),
+        ("places205", (14, 0.01, 5e-4, (5, 9), 54.1)),
+        ("inat18", (84, 0.01, 5e-4, (28, 56), 46.5)),
+        ("demo", (10, 0.3, 1e-6, (), 73.2)),
+    ],
+)
+def test_linear_protocols(preset: str, expected: tuple[object, ...]) -> None:
+    command = linear_command("--train", "x", "--preset", preset)
+    protocol = command.protocol
+    assert (
+        protocol.epochs,
+        protocol.lr,
+        protocol.weight_decay,
+        protocol.milestones,
+        command.published().results["top1"],
+    ) == expected
+
+
+def test_every_linear_protocol_is_tested() -> None:
+    assert list(protocols.LINEAR) == ["imagenet", "mmpretrain", "places205", "inat18", "demo"]
+
+
+def test_transfer_learning_rates_scale_with_the_batch_size() -> None:
+    command = linear_command("--preset", "places205", "--batch-size", "512")
+    assert command.heads() == [(0.02, 5e-4)]
+
+
+def test_a_sweep_has_twelve_heads() -> None:
+    heads = linear_command("--sweep").heads()
+    assert len(set(heads)) == 12
+    assert {decay for _, decay in heads} == {0.0, 1e-6, 1e-4}
+
+
+def test_semisupervised_protocols() -> None:
+    """Backbone learning rate, milestones, epochs, learning rate and batch size."""
     assert protocols.SEMISUP["paper"] == (0.002, (12, 16), 20, 0.5, 256)
     assert protocols.SEMISUP["authors"] == (0.005, (), 20, 0.5, 256)
 
 
-def test_the_readme_shows_what_was_measured() -> None:
-    """Each row's fourth cell is what the JSON of its evaluation says."""
-    rows = [
-        line.split(" | ")
-        for line in (ROOT / "README.md").read_text().splitlines()
-        if line.startswith("| ")
-    ]
+@pytest.mark.parametrize("name", ["imagenet", "mmpretrain", "places205", "inat18"])
+def test_the_published_command_differs_in_nothing_from_the_published_set_up(name: str) -> None:
+    command = linear_command("--train", "x", "--preset", name)
+    published = command.published()
+    ((lr, decay),) = command.heads()
+    setup = {
+        "backbone": "resnet50",
+        "pretraining epochs": 300 if name == "mmpretrain" else 1000,
+        "view, px": 224,
+        "training images": published.setup["training images"],
+        "classes": published.setup["classes"],
+        "batch": command.batch_size,
+        "precision": command.precision,
+        **command.protocol.setup,
+        "lr": lr,
+        "weight decay": decay,
+        "classifiers tried": 1,
+    }
+    assert differences(setup, published) == []
+    assert differences(setup | {"batch": 512}, published) == ["batch 512, not 256"]
+
+
+def test_the_documentation_shows_the_measured_results() -> None:
+    """The fourth cell of each row is the value in the JSON file of its evaluation."""
+    lines = (ROOT / "docs" / "evaluation.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
     measured = {
         row[0].removeprefix("| ").partition(" (")[0]: row[3] for row in rows if len(row) == 5
     }
@@ -58,34 +101,8 @@ def test_the_readme_shows_what_was_measured() -> None:
         "svm": (measured["VOC07, mAP"], ("map",)),
         "knn": (measured["kNN"], ("knn_top1",)),
     }
+    folder = ROOT / "bench" / "results" / "evaluate-demo"
     for name, (cell, figures) in shown.items():
-        record = json.loads(
-            (ROOT / "bench" / "results" / "evaluate-demo" / f"{name}.json").read_text()
-        )
+        record = json.loads((folder / f"{name}.json").read_text())
         assert cell == " / ".join(f"{record['results'][figure]:.1f}" for figure in figures), name
         assert "-dirty" not in record["environment"]["commit"], name
-
-
-@pytest.mark.parametrize("name", ["imagenet", "mmpretrain", "places205", "inat18"])
-def test_the_published_set_up_differs_in_nothing(name: str) -> None:
-    """What `differs` says is true: nothing where the command is the published one."""
-    from evaluation import results
-
-    job = protocols.parse(["linear", "--train", "x", "--preset", name])
-    assert isinstance(job, protocols.Linear)
-    data = {
-        key: value
-        for key, value in job.published().setup.items()
-        if key in ("training images", "classes")
-    }
-    epochs = 300 if name == "mmpretrain" else 1000
-    network = {"backbone": "resnet50", "pretraining epochs": epochs, "view, px": 224}
-    ((lr, decay),) = job.heads()
-    setup = (
-        network
-        | data
-        | {"batch": job.batch_size, "precision": job.precision}
-        | job.protocol()[1].setup
-    )
-    setup["classifiers tried"] = len(job.heads())
-    assert results.differences(setup | {"lr": lr, "weight decay": decay}, job.published()) == []
