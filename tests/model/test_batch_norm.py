@@ -1,11 +1,12 @@
-"""Batch norm of two views in one batch, beside torch's own in two passes; and activations that are computed again.
+"""Batch norm of two views in one batch, compared with torch's own in two passes.
 
-Over several ranks: test_ranks.py.
+Also of networks that recompute their activations. On several ranks: test_distributed.py.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,109 +16,125 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from model import BarlowTwins, build_backbone
 from model.batch_norm import BatchNorm1d, BatchNorm2d, freeze_running_averages
-from tests.model.test_model import randomised, views
+from tests.helpers.networks import make_views, randomize
 
-C = 5
+CHANNELS = 5
+
+
+class Kind(NamedTuple):
+    ours: type[BatchNorm1d | BatchNorm2d]
+    torchs: type[nn.Module]
+    shape: tuple[int, ...]  # of one view
+
+
 KINDS = {
-    "1d": (BatchNorm1d, nn.BatchNorm1d, (8, C)),
-    "2d": (BatchNorm2d, nn.BatchNorm2d, (6, C, 4, 3)),
+    "1d": Kind(BatchNorm1d, nn.BatchNorm1d, (8, CHANNELS)),
+    "2d": Kind(BatchNorm2d, nn.BatchNorm2d, (6, CHANNELS, 4, 3)),
 }
 
 
-def batch(kind: str, view: int, mean: float = 3.0, std: float = 2.0) -> Tensor:
-    """Another mean and deviation in each channel."""
-    shape = KINDS[kind][2]
-    generator = torch.Generator().manual_seed(view)
-    by_channel = (1 + torch.arange(C, dtype=torch.float64) / C).view(-1, *[1] * (len(shape) - 2))
-    return (mean + std * torch.randn(shape, generator=generator, dtype=torch.float64)) * by_channel
+def make_batch(kind: str, seed: int, mean: float = 3.0, std: float = 2.0) -> Tensor:
+    """Each channel has another mean and deviation."""
+    shape = KINDS[kind].shape
+    generator = torch.Generator().manual_seed(seed)
+    factors = 1 + torch.arange(CHANNELS, dtype=torch.float64) / CHANNELS
+    factors = factors.view(-1, *[1] * (len(shape) - 2))
+    return (mean + std * torch.randn(shape, generator=generator, dtype=torch.float64)) * factors
 
 
-def layers(kind: str) -> tuple[BatchNorm1d | BatchNorm2d, nn.Module]:
-    ours, theirs = (randomised(layer(C)) for layer in KINDS[kind][:2])
+def make_layers(kind: str) -> tuple[BatchNorm1d | BatchNorm2d, nn.Module]:
+    """Ours for two views, and torch's in float64, with the same parameters and averages."""
+    ours = randomize(KINDS[kind].ours(CHANNELS))
     ours.views = 2
-    return ours, theirs.double()
+    torchs = randomize(KINDS[kind].torchs(CHANNELS)).double()
+    return ours, torchs
 
 
 Results = dict[str, Tensor]
 
 
-def results(layer: nn.Module, inputs: list[Tensor], grads: list[Tensor]) -> Results:
-    """What comes of calls in sequence: with two views in one batch or with each of them."""
+def run_layer(layer: nn.Module, inputs: list[Tensor], grads: list[Tensor]) -> Results:
+    """Outputs, gradients and buffers after forward and backward on each of the inputs."""
     inputs = [
         x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs
     ]
     outputs = [layer(x) for x in inputs]
     torch.autograd.backward(outputs, grads)
-    found = {name: p.grad for name, p in layer.named_parameters()} | dict(layer.named_buffers())
-    return found | {
+    return {
+        **{name: p.grad for name, p in layer.named_parameters()},
+        **dict(layer.named_buffers()),
         "output": torch.cat(outputs).detach(),
         "input": torch.cat([x.grad for x in inputs]),
     }
 
 
-def check(found: Results, expected: Results, rtol: float, atol: float | None = None) -> None:
-    assert found.keys() == expected.keys()
+def check_close(results: Results, expected: Results, tolerance: float) -> None:
+    assert results.keys() == expected.keys()
     for name, value in expected.items():
-        of_this = rtol * float(value.abs().max()) if atol is None else atol
+        largest = float(value.abs().max())
         torch.testing.assert_close(
-            found[name], value.to(found[name].dtype), rtol=rtol, atol=of_this, msg=name
+            results[name],
+            value.to(results[name].dtype),
+            rtol=tolerance,
+            atol=tolerance * largest,
+            msg=name,
         )
 
 
-def both(kind: str, dtype: torch.dtype, **moments: float) -> tuple[Results, Results]:
-    """Ours, in that dtype, and torch's in float64 from the same rounded numbers."""
-    ours, theirs = layers(kind)
-    x, grad = (
-        [batch(kind, view + 7 * g, **({} if g else moments)).to(dtype) for view in range(2)]
-        for g in range(2)
-    )
+def run_both(
+    kind: str, dtype: torch.dtype, mean: float = 3.0, std: float = 2.0
+) -> tuple[Results, Results]:
+    """Ours in a dtype, with both views in one batch; and torch's in float64 in two passes.
+
+    Both get the same numbers, which are rounded to the dtype.
+    """
+    ours, torchs = make_layers(kind)
     if dtype == torch.float64:
         ours.double()
-    expected = results(theirs, [view.double() for view in x], [view.double() for view in grad])
+    x = [make_batch(kind, seed, mean, std).to(dtype) for seed in (0, 1)]
+    grad = [make_batch(kind, seed).to(dtype) for seed in (7, 8)]
+    expected = run_layer(torchs, [view.double() for view in x], [view.double() for view in grad])
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        found = results(ours, [torch.cat(x)], [torch.cat(grad)])
-    assert found["output"].dtype == found["input"].dtype == dtype
-    assert (
-        found["running_var"].dtype
-        == found["weight"].dtype
-        == torch.promote_types(dtype, torch.float32)
-    )
-    return found, expected
+        results = run_layer(ours, [torch.cat(x)], [torch.cat(grad)])
+
+    assert results["output"].dtype == results["input"].dtype == dtype
+    parameter_dtype = torch.promote_types(dtype, torch.float32)
+    assert results["running_var"].dtype == results["weight"].dtype == parameter_dtype
+    return results, expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_views_in_one_batch_are_two_passes(kind: str) -> None:
-    found, expected = both(kind, torch.float64)
-    check(found, expected, 1e-12)
-    assert found["num_batches_tracked"] == expected["num_batches_tracked"] == 2
+def test_two_views_in_one_batch_give_the_results_of_two_passes(kind: str) -> None:
+    results, expected = run_both(kind, torch.float64)
+    check_close(results, expected, 1e-12)
+    assert results["num_batches_tracked"] == expected["num_batches_tracked"] == 2
 
 
 @pytest.mark.parametrize(("mean", "std", "tolerance"), [(3.0, 2.0, 1e-6), (1000.0, 1.0, 4e-4)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_float32_keeps_its_digits_even_where_the_mean_is_large(
+def test_float32_is_accurate_even_if_the_mean_is_large(
     kind: str, mean: float, std: float, tolerance: float
 ) -> None:
     """A mean of 1000 deviations is known to 1e-7 of itself, which is 1e-4 of a deviation."""
-    check(*both(kind, torch.float32, mean=mean, std=std), tolerance)
+    check_close(*run_both(kind, torch.float32, mean, std), tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_statistics_of_half_precision_are_taken_in_float32(kind: str) -> None:
-    found, expected = both(kind, torch.bfloat16, mean=30.0)
-    rounded = {name: found.pop(name) for name in ("output", "input")}
-    check(rounded, {name: expected.pop(name) for name in rounded}, 2**-8)
-    check(found, expected, 1e-5)
+def test_statistics_of_half_precision_are_computed_in_float32(kind: str) -> None:
+    results, expected = run_both(kind, torch.bfloat16, mean=30.0)
+    for name in ("output", "input"):
+        check_close({name: results.pop(name)}, {name: expected.pop(name)}, 2**-8)
+    check_close(results, expected, 1e-5)
 
 
 @pytest.mark.parametrize("n_views", [1, 2])
 @pytest.mark.parametrize("train", [True, False])
-def test_channels_last_stays(train: bool, n_views: int) -> None:
-    layer = BatchNorm2d(C).train(train)
+def test_channels_last_is_preserved(train: bool, n_views: int) -> None:
+    layer = BatchNorm2d(CHANNELS).train(train)
     layer.views = n_views
-    x = torch.cat([batch("2d", view).float() for view in range(2)]).to(
-        memory_format=torch.channels_last
-    )
-    y = layer(x.requires_grad_())
+    x = torch.cat([make_batch("2d", seed).float() for seed in range(2)])
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    y = layer(x)
     y.backward(torch.ones_like(y))
     for tensor in (y, x.grad):
         assert tensor.is_contiguous(memory_format=torch.channels_last)
@@ -125,21 +142,21 @@ def test_channels_last_stays(train: bool, n_views: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_is_torchs_and_so_are_the_names(kind: str) -> None:
-    ours, theirs = layers(kind)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict())
+def test_evaluation_mode_and_names_are_torchs(kind: str) -> None:
+    ours, torchs = make_layers(kind)
+    assert list(ours.state_dict()) == list(torchs.state_dict())
+    torchs.load_state_dict(ours.state_dict())
     before = copy.deepcopy(ours.state_dict())
-    x = torch.cat([batch(kind, view) for view in range(2)])
-    assert torch.equal(ours.double().eval()(x), theirs.eval()(x))
+    x = torch.cat([make_batch(kind, seed) for seed in range(2)])
+    assert torch.equal(ours.double().eval()(x), torchs.eval()(x))
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
 
 
 @pytest.mark.parametrize("n_views", [1, 2])
-def test_averages_stay_while_activations_are_computed_again(n_views: int) -> None:
-    layer = randomised(BatchNorm2d(C))
+def test_frozen_averages_do_not_change(n_views: int) -> None:
+    layer = randomize(BatchNorm2d(CHANNELS))
     layer.views = n_views
-    x = torch.cat([batch("2d", view).float() for view in range(2)])
+    x = torch.cat([make_batch("2d", seed).float() for seed in range(2)])
     first, state = layer(x), copy.deepcopy(layer.state_dict())
     with freeze_running_averages():
         assert torch.equal(layer(x), first)
@@ -148,78 +165,87 @@ def test_averages_stay_while_activations_are_computed_again(n_views: int) -> Non
     assert layer.num_batches_tracked == state["num_batches_tracked"] + n_views
 
 
-# ── the whole network ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the whole network ────────────────────────────────────────────────────────────────────────────
 
 
-def network(name: str, one_pass: bool, recompute: bool = False) -> BarlowTwins:
-    made = BarlowTwins(
-        build_backbone(name, 8, small_stem=True), "24-24-16", 0.0051, one_pass=one_pass
-    )
+def make_network(name: str, one_pass: bool, recompute: bool = False) -> BarlowTwins:
+    backbone = build_backbone(name, 8, small_stem=True)
+    network = randomize(BarlowTwins(backbone, "24-24-16", 0.0051, one_pass=one_pass))
     if recompute:
-        made.backbone.recompute_activations()
-    assert isinstance(randomised(made), BarlowTwins)
-    return made.double()
+        network.backbone.recompute_activations()
+    return network.double()
 
 
-def trained(made: BarlowTwins, steps: int = 1) -> Results:
-    """The last loss, gradients, and what the buffers are then."""
+def run_network(network: BarlowTwins, steps: int = 1) -> Results:
+    """The last loss, and gradients and buffers afterwards."""
     for step in range(steps):
-        loss = made(*views(6, 16, step, torch.float64)).loss
+        loss = network(*make_views(6, 16, step, torch.float64)).loss
         loss.backward()
-    found = {name: p.grad for name, p in made.named_parameters()} | dict(made.named_buffers())
-    return found | {"loss": loss.detach()}
+    return {
+        **{name: p.grad for name, p in network.named_parameters()},
+        **dict(network.named_buffers()),
+        "loss": loss.detach(),
+    }
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_one_pass_of_the_network_is_two(name: str) -> None:
-    check(trained(network(name, one_pass=True)), trained(network(name, one_pass=False)), 1e-10)
+def test_one_pass_of_the_network_gives_the_results_of_two(name: str) -> None:
+    one_pass = run_network(make_network(name, one_pass=True))
+    two_passes = run_network(make_network(name, one_pass=False))
+    check_close(one_pass, two_passes, 1e-10)
 
 
-def bytes_kept(made: BarlowTwins) -> int:
-    """For the backward pass of its backbone, the inputs of residual blocks among them; each storage once."""
+def count_bytes_kept_for_backward(network: BarlowTwins) -> int:
+    """For the backbone, including the inputs of residual blocks; each storage once."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(x: Tensor) -> Tensor:
         kept[x.data_ptr()] = x.untyped_storage()
         return x
 
-    def keep_input(block: nn.Module, given: tuple[Tensor]) -> None:
-        keep(*given)
+    def keep_input(block: nn.Module, args: tuple[Tensor]) -> None:
+        keep(*args)
 
-    for block in made.modules():
+    for block in network.modules():
         if isinstance(block, (BasicBlock, Bottleneck)):
             block.register_forward_pre_hook(keep_input)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        made.backbone(torch.cat(views(6, 16, dtype=torch.float64)))
+        network.backbone(torch.cat(make_views(6, 16, dtype=torch.float64)))
     return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_recomputed_activations_give_the_same_bits_and_are_not_kept(
-    name: str, one_pass: bool
-) -> None:
-    plain, again = (network(name, one_pass, recompute) for recompute in (False, True))
-    assert bytes_kept(again) < 0.35 * bytes_kept(plain)
-    plain, again = (trained(network(name, one_pass, recompute)) for recompute in (False, True))
-    assert all(torch.equal(again[key], value) for key, value in plain.items())
+def test_recomputing_activations_saves_memory(name: str, one_pass: bool) -> None:
+    kept = count_bytes_kept_for_backward(make_network(name, one_pass))
+    recomputed = count_bytes_kept_for_backward(make_network(name, one_pass, recompute=True))
+    assert recomputed < 0.35 * kept
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
-def test_the_compiler_recomputes_in_one_graph_and_updates_the_averages_once(one_pass: bool) -> None:
-    """Of a network of one residual block, for speed."""
-    found, graphs = [], CompileCounterWithBackend("aot_eager")
-    for traced in (False, True):
-        made = network("resnet18", one_pass, recompute=True)
-        del (
-            made.backbone.layer1[1:],
-            made.backbone.layer2[:],
-            made.backbone.layer3[:],
-            made.backbone.layer4[:],
-        )
-        made.projector = randomised(nn.Sequential(nn.Linear(8, 16, bias=False))).double()
-        if traced:
-            made.compile(backend=graphs, fullgraph=True)
-        found.append(trained(made, steps=2))
-    check(found[1], found[0], 1e-12)
-    assert graphs.frame_count == 1
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_recomputed_activations_give_the_same_bits(name: str, one_pass: bool) -> None:
+    kept = run_network(make_network(name, one_pass))
+    recomputed = run_network(make_network(name, one_pass, recompute=True))
+    assert all(torch.equal(recomputed[key], value) for key, value in kept.items())
+
+
+def make_one_block_network(one_pass: bool) -> BarlowTwins:
+    """A network that compiles quickly."""
+    network = make_network("resnet18", one_pass, recompute=True)
+    backbone = network.backbone
+    del backbone.layer1[1:], backbone.layer2[:], backbone.layer3[:], backbone.layer4[:]
+    network.projector = randomize(nn.Sequential(nn.Linear(8, 16, bias=False))).double()
+    return network
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_the_compiled_network_recomputes_in_one_graph_and_updates_averages_once(
+    one_pass: bool,
+) -> None:
+    expected = run_network(make_one_block_network(one_pass), steps=2)
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = make_one_block_network(one_pass)
+    compiled.compile(backend=backend, fullgraph=True)
+    check_close(run_network(compiled, steps=2), expected, 1e-12)
+    assert backend.frame_count == 1

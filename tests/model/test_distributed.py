@@ -376,7 +376,9 @@ def test_where_one_rank_fails_all_do_and_it_alone_says_why(runs: dict[int, Run])
     assert statuses == ["3"] * 4
     words = [(folder / f"{rank}.failed").read_text() for rank in range(4)]
     assert words.pop(2) == "AssertionError: this one"
-    assert set(words) == {"ConnectionError: another rank has failed; its error message has the reason"}
+    assert set(words) == {
+        "ConnectionError: another rank has failed; its error message has the reason"
+    }
 
 
 def test_a_world_of_one_needs_no_group() -> None:

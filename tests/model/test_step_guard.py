@@ -1,77 +1,83 @@
-"""The last step of a loop: what a skipped one and a fault leave of it."""
+"""StepGuard: a skipped step changes no averages, and a failed loop saves its last good step."""
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from model import Checkpoints, StepGuard
-from tests.model.test_checkpoint import same
-from tests.model.test_checkpoints import at
+from tests.helpers.checkpoints import equal_to_the_bit, raise_disk_full, state_at
 
 
-def norms(seed: int = 0) -> torch.nn.Module:
-    """Averages of several types and shapes, with another value in each place."""
-    torch.manual_seed(seed)
-    network = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3).double())
+def make_network() -> nn.Module:
+    """Buffers of several types and shapes, each element with another value."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3).double())
     network.register_buffer("table", torch.empty(2, 2))
     network.register_buffer("seen", torch.tensor([True, False]))
-    for buffer in network.buffers():
-        buffer.copy_(torch.randn(buffer.shape) * 100)
+    change_buffers(network)
     return network
 
 
-def averages(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: buffer.clone() for name, buffer in network.named_buffers()}
+def change_buffers(network: nn.Module) -> None:
+    """As a forward pass does."""
+    for buffer in network.buffers():
+        buffer.copy_(torch.randn(buffer.shape) * 100)
 
 
-def nothing() -> torch.Tensor:
-    return torch.tensor(0.0)
-
-
-def spoil(network: torch.nn.Module) -> None:
-    """What a forward pass on views that overflow leaves."""
+def spoil_buffers(network: nn.Module) -> None:
+    """As a forward pass on overflowing activations does."""
     for buffer in network.buffers():
         buffer.copy_(torch.full_like(buffer, torch.nan) if buffer.is_floating_point() else ~buffer)
 
 
-def test_a_skipped_step_leaves_the_averages_as_they_were() -> None:
-    network, verdict = norms(), torch.tensor(0.0)
-    with StepGuard(network, at, None, 0) as last:
-        for skipped in (1.0, 0.0, 1.0, 1.0, 0.0):
-            before = averages(network)
-            for buffer in network.buffers():
-                buffer.copy_(torch.randn(buffer.shape) * 100)
-            if skipped:
-                spoil(network)
-            made = averages(network)
-            assert not same(before, made)
-            with last.update(lambda: verdict):
-                verdict.fill_(skipped)  # which the optimizer only knows afterwards
-            assert same(averages(network), before if skipped else made)
+def copy_buffers(network: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in network.named_buffers()}
 
 
-def test_a_rescue_saves_the_averages_of_the_last_step_that_was_not_skipped(tmp_path: Path) -> None:
-    network = norms()
+def not_skipped() -> Tensor:
+    return torch.tensor(0.0)
+
+
+def test_a_skipped_step_restores_the_averages() -> None:
+    network, skipped = make_network(), torch.tensor(0.0)
+    with StepGuard(network, state_at, None, 0) as guard:
+        for is_skipped in (1.0, 0.0, 1.0, 1.0, 0.0):
+            before = copy_buffers(network)
+            change_buffers(network)
+            if is_skipped:
+                spoil_buffers(network)
+            after_forward = copy_buffers(network)
+            assert not equal_to_the_bit(before, after_forward)
+            with guard.update(lambda: skipped):
+                skipped.fill_(is_skipped)  # the optimizer decides during the update
+            expected = before if is_skipped else after_forward
+            assert equal_to_the_bit(copy_buffers(network), expected)
+
+
+def test_a_failed_loop_saves_the_averages_of_the_last_step_that_was_not_skipped(
+    tmp_path: Path,
+) -> None:
+    network = make_network()
     verdicts = iter([torch.tensor(0.0), torch.tensor(1.0)])
 
     def loop(checkpoints: Checkpoints) -> None:
         with StepGuard(
             network, lambda step: {"step": step, "model": network.state_dict()}, checkpoints, 0
-        ) as last:
-            with last.update(lambda: next(verdicts)):
+        ) as guard:
+            with guard.update(lambda: next(verdicts)):
                 pass
-            spoil(network)
-            with last.update(lambda: next(verdicts)):
+            spoil_buffers(network)
+            with guard.update(lambda: next(verdicts)):
                 pass
-            spoil(network)  # a third step's forward pass
+            spoil_buffers(network)  # the forward pass of a third step
             raise KeyError
 
-    before = averages(network)
+    before = copy_buffers(network)
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(KeyError) as caught:
         loop(checkpoints)
     assert caught.value.__notes__ == [
@@ -79,29 +85,31 @@ def test_a_rescue_saves_the_averages_of_the_last_step_that_was_not_skipped(tmp_p
     ]
     state, _ = Checkpoints(tmp_path).load()
     assert state["step"] == 2
-    assert same({name: state["model"][name] for name in before}, before)
+    assert equal_to_the_bit({name: state["model"][name] for name in before}, before)
 
 
-def test_a_step_that_does_not_reach_the_disk_is_not_called_saved(
+def loop_that_fails_after_a_save(checkpoints: Checkpoints, error: Exception) -> None:
+    with StepGuard(make_network(), state_at, checkpoints, 0) as guard:
+        with guard.update(not_skipped):
+            pass
+        guard.save()
+        raise error
+
+
+def test_a_step_that_does_not_reach_the_disk_is_not_reported_as_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
-    )
-
-    def loop(checkpoints: Checkpoints, error: Exception) -> None:
-        with StepGuard(norms(), at, checkpoints, 0) as last:
-            with last.update(nothing):
-                pass
-            last.save()
-            raise error
-
+    monkeypatch.setattr(os, "fsync", raise_disk_full)
     with pytest.raises(KeyError) as caught, Checkpoints(tmp_path) as checkpoints:
-        loop(checkpoints, KeyError())
+        loop_that_fails_after_a_save(checkpoints, KeyError())
     (note,) = caught.value.__notes__
     assert note.startswith("it ended after step 1, which cannot be saved (")
     assert "No space left" in note
     assert note.endswith("): there is no checkpoint to resume from")
-    with pytest.raises(FloatingPointError) as diverged, Checkpoints(tmp_path) as checkpoints:
-        loop(checkpoints, FloatingPointError())
-    assert not hasattr(diverged.value, "__notes__")
+
+
+def test_a_diverged_run_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", raise_disk_full)
+    with pytest.raises(FloatingPointError) as caught, Checkpoints(tmp_path) as checkpoints:
+        loop_that_fails_after_a_save(checkpoints, FloatingPointError())
+    assert not hasattr(caught.value, "__notes__")
