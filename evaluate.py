@@ -21,9 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Column, Table
-from rich.text import Text
-
 import evaluation  # imports torch when a name of it is first used
 import experiment
 from evaluation import commands
@@ -47,12 +44,13 @@ from evaluation.datasets import (
     open_labelled_splits,
 )
 from evaluation.evaluated_network import EvaluatedNetwork
+from evaluation.printing import print_predictions, print_svms, print_sweep
 from evaluation.protocols import KNN_PUBLISHED, SVM_PUBLISHED
 from evaluation.results import EvaluationResult, save_result
 from experiment import Console, printable
 
 if TYPE_CHECKING:
-    from evaluation import LabelledFeatures, SvmResult
+    from evaluation import LabelledFeatures
     from pipeline import Store
 
 experiment.set_thread_environment()  # before torch is imported
@@ -284,7 +282,7 @@ def predict(command: PredictCommand, console: Console) -> None:
         print(json.dumps(records, indent=2))
     else:
         console.print(f"by {classifier.method}:")
-        console.rich.print(prediction_table(images, predictions))
+        print_predictions(images, predictions, console)
 
 
 def export(command: ExportCommand, console: Console) -> None:
@@ -327,53 +325,12 @@ def index_of_best(scores: Sequence[dict[str, float]]) -> int:
     return accuracies.index(max(accuracies))
 
 
-def print_sweep(details: Sequence[dict[str, float]], console: Console) -> None:
-    rows = {}
-    for head in details:
-        name = f"lr {head['lr']:g}, weight decay {head['weight decay']:g}"
-        rows[name] = f"{head['top1']:.2f} / {head['top5']:.2f}"
-    console.table(rows)
-    console.print(
-        "The best classifier was chosen on the test set, so its accuracy is slightly optimistic."
-    )
-
-
-def print_svms(svms: SvmResult, classes: Sequence[str], console: Console) -> None:
-    rows = {}
-    for name, precision, cost in zip(classes, svms.average_precisions, svms.costs, strict=True):
-        rows[name] = f"{precision:.2f} (C {cost:g})"
-    console.table(rows)
-    if svms.not_converged:
-        console.print(
-            f"{svms.not_converged} of {svms.fits} fits had not converged after 2,000 iterations"
-        )
-
-
 def finish_training(network: EvaluatedNetwork, name: str, exported: Path) -> None:
     """Remove the checkpoint for `--resume`, now that all results are written."""
     evaluation.remove_unfinished(network, name)
     network.console.print(
         f"to use it: uv run evaluate.py predict --checkpoint {printable(str(exported))} IMAGE..."
     )
-
-
-def prediction_table(images: Sequence[Path], predictions: Sequence[dict[str, Any]]) -> Table:
-    """A row for each image, and one for each of its neighbours if there are any."""
-    image_column = Column("image", overflow="fold")
-    table = Table(image_column, "class", "score", box=None, pad_edge=False, header_style="")
-    for path, prediction in zip(images, predictions, strict=True):
-        table.add_row(
-            Text(printable(str(path))),
-            Text(prediction["pred_class"]),
-            f"{prediction['pred_score']:.3f}",
-        )
-        for neighbour in prediction.get("neighbours", ()):
-            table.add_row(
-                Text(f"  like {printable(neighbour['image'])}"),
-                Text(neighbour["pred_class"] or ""),
-                f"{neighbour['similarity']:.3f}",
-            )
-    return table
 
 
 if __name__ == "__main__":

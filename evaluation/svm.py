@@ -89,13 +89,9 @@ def svm_map(
         # Fits that do not converge are counted instead.
         warnings.simplefilter("ignore", ConvergenceWarning)
         chosen = _choose_costs(workers, features, labels, costs, counter)
-
-        fitted = workers(
-            delayed(_build_svm(cost).fit)(features, class_labels)
-            for cost, class_labels in zip(chosen, labels, strict=True)
-        )
         precisions = []
-        for svm, targets in zip(fitted, test.targets.T, strict=True):
+        fitted_svms = _fit_all(workers, features, labels, chosen)
+        for svm, targets in zip(fitted_svms, test.targets.T, strict=True):
             scores = svm.decision_function(test_features)
             precisions.append(100 * average_precision(targets, scores))
             counter.add([svm])
@@ -187,6 +183,20 @@ def _choose_costs(
         counter.add(validation["estimator"])
     best = np.reshape(scores, (len(labels), len(costs))).argmax(axis=1)  # [C]
     return [costs[i] for i in best]
+
+
+def _fit_all(
+    workers: Parallel,
+    features: NDArray[np.float64],
+    labels: NDArray[np.int_],
+    costs: Sequence[float],
+) -> Iterable[LinearSVC]:
+    """The SVM of each class, fitted to all training images with the C of the class."""
+    fitted: Iterable[LinearSVC] = workers(
+        delayed(_build_svm(cost).fit)(features, class_labels)
+        for cost, class_labels in zip(costs, labels, strict=True)
+    )
+    return fitted
 
 
 def _normalised(features: Tensor) -> NDArray[np.float64]:
