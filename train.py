@@ -304,7 +304,7 @@ def describe_run(config: Pretrain, loader: Loader, network: BarlowTwins) -> str:
     steps = config.optim.epochs * len(loader)
     parameters = sum(p.numel() for p in network.parameters())
     return (
-        f"decoder {decoder.name} ({decoder.why}) with {loader.threads} threads\n"
+        f"decoder {decoder.name} ({decoder.reason}) with {loader.threads} threads\n"
         f"{len(loader.store):,} images, {steps:,} steps of {config.optim.batch_size}; "
         f"{config.model.backbone} of width {config.model.width} at {config.data.size} px, "
         f"{parameters:,} parameters"

@@ -180,8 +180,9 @@ def describe(
 
 @contextmanager
 def preemptible(folder: Path) -> Iterator[None]:
-    """A block in which SIGTERM may end the process: the folder then gets its `preempted` file, and
-    loses an old one.
+    """A block in which SIGTERM may end the process, which then creates the file `preempted`.
+
+    A file from an earlier run is removed.
     """
     (folder / "preempted").unlink(missing_ok=True)
     try:
@@ -193,9 +194,7 @@ def preemptible(folder: Path) -> Iterator[None]:
 
 
 def mark_preempted(folder: Path) -> None:
-    """Create the file `preempted`: torchrun turns every exit status into 1, so a scheduler looks
-    for this file.
-    """
+    """Create the file `preempted`, for schedulers: torchrun turns every exit status into 1."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "preempted").touch()
 
@@ -207,7 +206,7 @@ def stopped(folder: Path, status: int, is_rank0: bool) -> int:
     saving.
 
     Args:
-        folder: Of the run.
+        folder: The folder of the run.
         status: What the signal asks for; 0 if another rank has received it.
         is_rank0: Whether this is rank 0.
     """
