@@ -1,4 +1,8 @@
-"""Bytes and crop boxes in, uint8 crops out: one file a backend, all behind the `Decoder` protocol."""
+"""Decoders: encoded images and crop boxes in, uint8 crops out. One file per backend.
+
+All follow the protocol `Decoder` in `decoder.py`; `open_decoder` chooses one. Start reading at
+`cpu.py`, the simplest.
+"""
 
 from __future__ import annotations
 
@@ -19,45 +23,45 @@ ALIASES = {"torchvision": "cpu"}  # the name that the cpu decoder had
 
 
 def open_decoder(store: Store, recipe: Recipe, options: LoaderOptions) -> Decoder:
-    """The decoder that `options` name; `auto` is DALI on a GPU where it is installed, and cpu elsewhere.
+    """The decoder that `options.decoder` names, for the images of `store`.
 
-    DALI decodes on the device of the options; the others decode on the CPU. ValueError for an unknown name, or a
-    decoder that cannot be imported.
+    `auto` takes DALI on a GPU if it is installed, and `cpu` otherwise. DALI decodes on the device
+    of the options, the others on the CPU.
+
+    Raises:
+        ValueError: If the name is unknown, or the decoder cannot be imported or cannot read the
+            store.
     """
     name = ALIASES.get(options.decoder, options.decoder)
-    device = torch.device(options.device)
-    threads = options.threads or usable_cores()
     if name not in ("auto", *DECODERS):
         raise ValueError(f"unknown decoder {name!r}: choose auto or {', '.join(DECODERS)}")
+    threads = options.threads or usable_cores()
     if name == "dali":
-        return _open_dali(store, recipe, threads, device, options.hw_decoder_load, "as requested")
+        return _open_dali(store, recipe, options, "as requested")
     if name == "ffcv":
         return _open_ffcv(store, recipe, threads)
     if name == "cpu":
         return CpuDecoder(store, recipe, threads, "as requested")
-    if device.type == "cpu":
+
+    if torch.device(options.device).type == "cpu":
         return CpuDecoder(store, recipe, threads, "no GPU")
     try:
-        return _open_dali(store, recipe, threads, device, options.hw_decoder_load, "on a GPU")
+        return _open_dali(store, recipe, options, "on a GPU")
     except ValueError as error:
         return CpuDecoder(store, recipe, threads, str(error))
 
 
-def _open_dali(
-    store: Store,
-    recipe: Recipe,
-    threads: int,
-    device: torch.device,
-    hw_decoder_load: float,
-    why: str,
-) -> Decoder:
+def _open_dali(store: Store, recipe: Recipe, options: LoaderOptions, reason: str) -> Decoder:
     try:
         from .dali import DaliDecoder
     except ImportError as error:
         raise ValueError(
-            f"DALI cannot be imported: {error}. `pip install nvidia-dali-cuda130`, or choose another decoder"
+            f"DALI cannot be imported: {error}. `pip install nvidia-dali-cuda130`, or choose "
+            "another decoder"
         ) from None
-    return DaliDecoder(store, recipe, threads, device, hw_decoder_load, why)
+    threads = options.threads or usable_cores()
+    device = torch.device(options.device)
+    return DaliDecoder(store, recipe, threads, device, options.hw_decoder_load, reason)
 
 
 def _open_ffcv(store: Store, recipe: Recipe, threads: int) -> Decoder:
@@ -65,7 +69,7 @@ def _open_ffcv(store: Store, recipe: Recipe, threads: int) -> Decoder:
         from .ffcv import FfcvDecoder
     except ImportError as error:
         raise ValueError(
-            f"FFCV cannot be imported: {error}. `apt-get install libopencv-dev libturbojpeg0-dev pkg-config` and "
-            "`uv sync --extra ffcv`, or choose another decoder"
+            f"FFCV cannot be imported: {error}. `apt-get install libopencv-dev libturbojpeg0-dev "
+            "pkg-config` and `uv sync --extra ffcv`, or choose another decoder"
         ) from None
     return FfcvDecoder(store, recipe, threads, "as requested")

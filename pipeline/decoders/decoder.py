@@ -1,4 +1,4 @@
-"""The protocol of all decoders: encoded bytes and crop boxes in, uint8 crops out."""
+"""`Decoder`: the protocol of all decoders. Encoded images and crop boxes in, uint8 crops out."""
 
 from __future__ import annotations
 
@@ -11,16 +11,32 @@ from torch import Tensor
 
 from ..order import Samples
 
-Boxes = NDArray[np.float32]  # [V, B, 4]
+Boxes = NDArray[np.float32]  # [V, B, 4] left, top, right, bottom, in pixels
+# The crops uint8 [V, B, S, S, 3], and which of the samples decoded, bool [B].
 Crops = tuple[Tensor, NDArray[np.bool_]]
 
 
 class Decoder(Protocol):
-    """Decodes each image once, whatever the number of its views."""
+    """Reads, decodes and crops the images of a store. Each image is decoded once for all its views.
 
-    name: str  # one of DECODERS
-    why: str  # why it was chosen, in a few words
+    Attributes:
+        name: One of DECODERS.
+        reason: Why this decoder was chosen, in a few words for the log.
+    """
+
+    name: str
+    reason: str
 
     def stream(self, plan: Iterable[tuple[Samples, Boxes]]) -> Generator[Crops, None, None]:
-        """For each (samples [B], boxes [V, B, 4]) of the plan, in its order and as many samples ahead as it likes:
-        uint8 crops [V, B, S, S, 3] (any strides) and which samples were good, bool [B]. Closing it ends its threads."""
+        """Decode the batches of a plan, in its order.
+
+        Args:
+            plan: The samples [B] and the boxes [V, B, 4] of each batch. The decoder may take a few
+                batches ahead.
+
+        Yields:
+            Of each batch, the crops uint8 [V, B, S, S, 3] of any strides, and which samples are
+            good, bool [B]. Crops of samples that are not good have undefined values.
+
+        Closing the generator ends everything that it has started.
+        """

@@ -90,7 +90,7 @@ def test_decode_decodes_whole_images_and_crops_follow_the_recipe(
 ) -> None:
     """Watches the decoded pixels, and the size of the crops that are made of them."""
     made: list[tuple[tuple[int, ...], int]] = []
-    crop = cpu.crop
+    crop = cpu.crop_and_resize
 
     def watched(
         pixels: torch.Tensor, box: Any, size: int, *rest: Any, **named: Any
@@ -98,7 +98,7 @@ def test_decode_decodes_whole_images_and_crops_follow_the_recipe(
         made.append((tuple(pixels.shape[1:]), size))
         return crop(pixels, box, size, *rest, **named)
 
-    monkeypatch.setattr(cpu, "crop", watched)
+    monkeypatch.setattr(cpu, "crop_and_resize", watched)
     stages = open_stages(forty)
     index = stages.settings.store.index
     whole = set(zip(index["height"].tolist(), index["width"].tolist(), strict=True))

@@ -132,7 +132,7 @@ BUG = RuntimeError("what nobody thought of")
 HOST = RuntimeError(
     "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"
 )
-DECODE, FUSED = (decoder_module, "crop"), (distort_cpu, "distort_view")  # called in their threads
+DECODE, FUSED = (decoder_module, "crop_and_resize"), (distort_cpu, "distort_view")  # called in their threads
 FORWARD, BACKWARD, SCHEDULE = (
     (model.BarlowTwins, "forward"),
     (torch.Tensor, "backward"),

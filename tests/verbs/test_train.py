@@ -172,7 +172,7 @@ def test_odd_images_are_trained_on_or_reported_and_the_rest_goes_on(
     options = ("--decoder", decoder, "--epochs", "6", "--log-steps", "1")
     status, text = train("--data", folder, *TINY, "--run", run, *options)
     assert status == 0, text
-    assert f"decoder {decoder} (as asked)" in text
+    assert f"decoder {decoder} (as requested)" in text
     assert summary_of(run)["decoder"] == decoder
     said = {name: [line for line in text.splitlines() if name in line] for name in odd}
     for name in ("text.jpg", "empty.jpg", "bomb.png", "bomb.jpg"):
@@ -218,7 +218,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "empty": (lambda folder: None, ("data", "no image", ".jpg", ".png")),
     "a file": (
         lambda folder: (folder.rmdir(), folder.write_text("")),
-        ("data", "no folder", "name a folder"),
+        ("data", "not a folder", "name a folder"),
     ),
     "unreadable": (unusable, ("data", "none of its 10 images", "0.jpg")),
     "too few": (
