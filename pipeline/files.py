@@ -1,12 +1,17 @@
-"""Atomic writes: a file is complete or absent, whatever happens to the process that writes it."""
+"""Atomic writes: a file or folder is complete or absent, whatever happens to the process."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+_LEFTOVER_AGE_S = 3600.0  # a temporary folder untouched for so long belongs to a dead process
 
 
 @contextmanager
@@ -32,3 +37,32 @@ def atomic_write(path: Path, *, concurrent: bool = False) -> Iterator[BinaryIO]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def create_folder_once(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """Return `folder`; if it does not exist, create it with the content that `fill` writes.
+
+    `fill` gets an empty temporary folder beside `folder`, which is renamed in the end. If several
+    processes do this at once, the first to finish wins, and the others use its folder.
+    """
+    if folder.is_dir():
+        return folder
+    parent = folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    for leftover in parent.glob(f".{folder.name}-*"):
+        if time.time() - leftover.stat().st_mtime > _LEFTOVER_AGE_S:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
+    try:
+        fill(temporary)
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            overtaken = folder.is_dir()
+            if not overtaken:
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder

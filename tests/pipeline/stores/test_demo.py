@@ -19,7 +19,8 @@ from PIL import Image
 from torchvision.datasets import VOCDetection
 
 from pipeline import demo_devkit, open_voc
-from pipeline.stores.demo import CLASSES, VERSION, demo_folder, draw
+from pipeline.stores.demo import VERSION, demo_folder
+from pipeline.stores.demo_drawing import CLASSES, draw
 from pipeline.stores.voc import SPLITS
 
 ROOT = Path(__file__).parents[3]
@@ -28,7 +29,7 @@ BASELINES = ("knn_top1_untrained", "knn_top1_pixels", "knn_top1_colour")
 
 def test_a_drawing_is_a_function_of_seed_and_sample() -> None:
     code = (
-        "from pipeline.stores.demo import draw; import sys; sys.stdout.buffer.write(draw(3, 77)[0])"
+        "from pipeline.stores.demo_drawing import draw; import sys; sys.stdout.buffer.write(draw(3, 77)[0])"
     )
     elsewhere = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True

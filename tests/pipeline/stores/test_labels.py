@@ -77,7 +77,7 @@ def test_16_bit_pil_images_are_scaled() -> None:
     [
         (
             np.zeros((4, 5, 3), dtype=np.float32),
-            r"an array \[4, 5, 3\] of float32 is no image: give uint8",
+            r"an array \[4, 5, 3\] of float32 is not an image: give uint8",
         ),
         (
             np.zeros((3, 4, 5), dtype=np.uint8),
@@ -118,7 +118,7 @@ def test_a_damaged_file_behind_a_pil_image_is_a_bad_image_with_its_name(tmp_path
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"text", "b: it is no JPEG"),
+        (b"text", "b: it is not a JPEG"),
         (b"", "b: "),
         (encoded_bytes(np.zeros((0, 4, 3), dtype=np.uint8)), "b: "),
     ],
@@ -149,7 +149,7 @@ def test_images_in_memory_go_through_the_pipeline_as_those_of_a_folder(photos: P
 
 def test_dali_reads_images_in_memory_too() -> None:
     pytest.importorskip("nvidia.dali")
-    store = MemoryStore([encoded(picture(41, 30, seed=i)) for i in range(4)])
+    store = MemoryStore([encoded_as(picture(41, 30, seed=i)) for i in range(4)])
     boxes = np.tile(np.array([0, 0, 41, 30], np.float32), (1, 4, 1))
     ((crops, good),) = decoder_of("dali", store, center_view(24)).stream([(np.arange(4), boxes)])
     assert good.all()
@@ -276,7 +276,7 @@ def test_wrong_lists_are_refused_with_what_is_wrong(tmp_path: Path) -> None:
     ):
         subset_from_list(store, list_)
     list_.write_text("2.jpg\n1.jpg\n")
-    with pytest.raises(ValueError, match=r"1 of its 2 names are several images there, .*: 1\.jpg$"):
+    with pytest.raises(ValueError, match=r"1 of its 2 names belong to several images there, .*: 1\.jpg$"):
         subset_from_list(store, list_)
     list_.write_text("b/1.jpg\n")
     assert subset_from_list(store, list_).name(0).endswith("b/1.jpg")

@@ -195,7 +195,7 @@ def test_unreadable_images_are_left_out_with_the_reason(tmp_path: Path) -> None:
         assert store.index["label"].tolist() == [0, 1]
         assert list(store.rejects) == ["a/empty.jpg", "b/cut.png", "b/page.jpg"]
         assert all(store.rejects.values())
-        assert "no JPEG, PNG, WebP or BMP" in store.rejects["b/page.jpg"]
+        assert "not a JPEG, PNG, WebP or BMP" in store.rejects["b/page.jpg"]
 
 
 def test_folders_without_a_usable_image_are_refused_by_name(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_folders_without_a_usable_image_are_refused_by_name(tmp_path: Path) -> N
         "texts": "holds no image",
         "spoilt": "none of its 1 images can be used; the first, a.jpg: ",
         "missing": "is not there",
-        "file": "is no folder",
+        "file": "is not a folder",
     }.items():
         with pytest.raises(
             ValueError, match=f"{tmp_path / name}.* {reason}|{tmp_path / name}: {reason}"

@@ -108,7 +108,7 @@ def bomb(depth: int = 9) -> str:
         (
             "Annotations/000005.xml",
             b"<html><object><name>x</name></object></html>",
-            r"000005\.xml: no annotation",
+            r"000005\.xml: it is not an annotation",
         ),
         (
             "Annotations/000005.xml",
@@ -126,7 +126,7 @@ def bomb(depth: int = 9) -> str:
             None,
             r"000004\.jpg, of the trainval list: it is not there.*Unpack",
         ),
-        ("JPEGImages/000004.jpg", b"text", r"000004\.jpg, of the trainval list: it is no JPEG"),
+        ("JPEGImages/000004.jpg", b"text", r"000004\.jpg, of the trainval list: it is not a JPEG"),
     ],
     ids=lambda value: str(value)[:40],
 )
