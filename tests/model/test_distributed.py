@@ -1,6 +1,7 @@
-"""One, two and four processes train the same network; and what else they say to each other.
+"""Several ranks train a network exactly as one does; and the collectives of `Distributed`.
 
-All processes are started once, together: every rank runs the cases, one after the other, and saves what it found.
+Starting processes takes long, so all of them are started once: each rank runs all cases and saves
+its results, which the tests then compare.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,167 +30,213 @@ from model import (
     parameter_groups,
 )
 from model.batch_norm import BatchNorm1d, BatchNorm2d
-from tests.model.test_loss import plain_c
-from tests.model.test_model import lars_by_hand, randomised, views
+from tests.helpers.networks import make_views, randomize
+from tests.helpers.reference import LarsSettings, cross_correlation, lars_step
 
-CPU, BATCH, STEPS = torch.device("cpu"), 16, 20
-WEIGHT_DECAY, ETA, MOMENTUM, LAMBD = 0.01, 0.02, 0.9, 0.0051
-RATES = [
-    (factor, 0.004 * factor)
-    for factor in (learning_rate_factor(step, STEPS, 4) for step in range(STEPS))
-]
+CPU = torch.device("cpu")
+BATCH = 16
+STEPS = 20
+LAMBD = 0.0051
+LARS_SETTINGS = LarsSettings(weight_decay=0.01, eta=0.02, momentum=0.9)
+# (weights, biases) at each step
+FACTORS = [learning_rate_factor(step, STEPS, warmup_steps=4) for step in range(STEPS)]
+LEARNING_RATES = [(factor, 0.004 * factor) for factor in FACTORS]
+
+SIZES = [2, 4]  # numbers of ranks
 
 
 class Case(NamedTuple):
-    """A network, by default every kind of block of a ResNet-18 once, and how it is run."""
+    """A network and how it is run. By default, it has each kind of block of a ResNet-18 once."""
 
-    projector: str = "24-24-16"  # D x D, if its last width is below 32
+    projector: str = "24-24-16"  # below width 32, the D x D form of the loss is chosen
     blocks: tuple[int, ...] = (1, 1, 1, 1)  # in each stage
     steps: range = range(STEPS)
     dtype: torch.dtype = torch.float64
     one_pass: bool = False
     recompute: bool = False
-    backend: str = ""  # of the compiler, if any
+    compiler_backend: str | None = None
 
 
-DXD, NXN = Case(), Case("96-96-96", blocks=(1, 1, 0, 0))
+DXD = Case()
+NXN = Case("96-96-96", blocks=(1, 1, 0, 0))
 CASES = {
     "dxd": DXD,
     "nxn": NXN,
-    # A step whose batch has no value so near to 0 that rounding decides whether a ReLU lets it pass.
+    # This step's batch has no activation so close to 0 that rounding decides if a ReLU passes it.
     "float32": NXN._replace(dtype=torch.float32, steps=range(1, 2)),
 }
-VARIANTS = {  # of two ranks
+VARIANTS = {  # only on two ranks
     "one pass": DXD._replace(one_pass=True, steps=range(4)),
     "recomputed": DXD._replace(recompute=True, steps=range(4)),
     "traced": NXN._replace(
-        one_pass=True, recompute=True, backend="aot_eager", blocks=(1, 0, 0, 0), steps=range(3)
+        one_pass=True,
+        recompute=True,
+        compiler_backend="aot_eager",
+        blocks=(1, 0, 0, 0),
+        steps=range(3),
     ),
 }
 COMPILED = {
-    "compiled": NXN._replace(one_pass=True, backend="inductor", blocks=(1, 0, 0, 0), steps=range(4))
+    "compiled": NXN._replace(
+        one_pass=True, compiler_backend="inductor", blocks=(1, 0, 0, 0), steps=range(4)
+    )
 }
-Found = dict[str, Any]
 
 
-def network(case: Case) -> BarlowTwins:
+class TrainingResult(NamedTuple):
+    losses: Tensor
+    state: dict[str, Tensor]
+    graph_count: int
+
+
+class RankResult(NamedTuple):
+    """What one rank saves."""
+
+    made_shared_value: bool
+    shared_value: tuple[int, Path]
+    any_rank_answers: list[bool]
+    all_ranks_answers: list[bool]
+    trained: dict[str, TrainingResult]
+    # By kind of layer and number of views: outputs, gradients of this rank's rows, of weight and of
+    # bias, and both running averages.
+    batch_norms: dict[tuple[str, int], list[Tensor]]
+
+
+def make_network(case: Case) -> BarlowTwins:
     backbone = build_backbone("resnet18", 8, small_stem=True)
     stages = backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4
     for stage, blocks in zip(stages, case.blocks, strict=True):
         del stage[blocks:]
-    backbone.out_features = 8 * 2 ** (len(list(filter(len, stages))) - 1)
-    made = randomised(BarlowTwins(backbone, case.projector, LAMBD, one_pass=case.one_pass)).to(
-        case.dtype
-    )
-    assert isinstance(made, BarlowTwins)
+    stage_count = sum(len(stage) > 0 for stage in stages)
+    backbone.out_features = 8 * 2 ** (stage_count - 1)
+    network = BarlowTwins(backbone, case.projector, LAMBD, one_pass=case.one_pass)
+    randomize(network).to(case.dtype)
     if case.recompute:
-        made.backbone.recompute_activations()
-    return made
+        network.backbone.recompute_activations()
+    return network
 
 
-def state(of: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in of.state_dict().items()}
-
-
-def trained(case: Case, rank: int = 0, size: int = 1) -> Found:
-    """The losses of a run, its weights and averages afterwards, and how many graphs were compiled."""
-    ours = network(case)
+def train(case: Case, rank: int = 0, size: int = 1) -> TrainingResult:
+    network = make_network(case)
     with torch.no_grad():
-        for p in ours.parameters():
-            p += rank  # all begin with those of the first
-    graphs, torch_compile = CompileCounterWithBackend(case.backend), torch.compile
-    torch.compile = lambda function, mode: torch_compile(function, backend=graphs, fullgraph=True)  # type: ignore
-    try:
-        forward = compile_and_wrap(CPU, ours, "default" if case.backend else None)
-    finally:
-        torch.compile = torch_compile
-    optimizer, losses = LARS(parameter_groups(ours, WEIGHT_DECAY), momentum=MOMENTUM, eta=ETA), []
+        for p in network.parameters():
+            p += rank  # all ranks must start with the weights of rank 0
+    graphs = CompileCounterWithBackend(case.compiler_backend or "eager")
+    forward = wrap(network, graphs if case.compiler_backend else None)
+    groups = parameter_groups(network, LARS_SETTINGS.weight_decay)
+    optimizer = LARS(groups, momentum=LARS_SETTINGS.momentum, eta=LARS_SETTINGS.eta)
+    losses = []
     for step in case.steps:
-        for group, rate in zip(optimizer.param_groups, RATES[step], strict=True):
-            group["lr"] = rate
+        for group, lr in zip(optimizer.param_groups, LEARNING_RATES[step], strict=True):
+            group["lr"] = lr
         optimizer.zero_grad()
-        loss = forward(
-            *(view.chunk(size)[rank] for view in views(BATCH, 16, step, case.dtype))
-        ).loss
+        a, b = make_views(BATCH, 16, step, case.dtype)
+        loss = forward(a.chunk(size)[rank], b.chunk(size)[rank]).loss
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-    return {"losses": torch.stack(losses), "state": state(ours), "graphs": graphs.frame_count}
+    state = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    return TrainingResult(torch.stack(losses), state, graphs.frame_count)
+
+
+def wrap(network: BarlowTwins, backend: CompileCounterWithBackend | None) -> nn.Module:
+    """`compile_and_wrap`, with another backend of torch.compile, and failing on a graph break."""
+    if backend is None:
+        return compile_and_wrap(CPU, network, None)
+    original = torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch,
+            "compile",
+            lambda function, mode: original(function, backend=backend, fullgraph=True),
+        )
+        return compile_and_wrap(CPU, network, "default")
 
 
 @cache
-def alone(name: str) -> Found:
-    """The same on one rank, without a compiler."""
-    return trained((CASES | VARIANTS | COMPILED)[name]._replace(backend=""))
+def train_alone(name: str) -> TrainingResult:
+    """A case on one rank, not compiled."""
+    return train((CASES | VARIANTS | COMPILED)[name]._replace(compiler_backend=None))
 
 
-# ── what a rank does ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what a rank does ─────────────────────────────────────────────────────────────────────────────
 
-SHAPES = {"1d": (8, 5), "2d": (8, 5, 3, 2)}
+BATCH_NORM_SHAPES = {"1d": (8, 5), "2d": (8, 5, 3, 2)}
 
 
-def rows(shape: tuple[int, ...], view: int) -> Tensor:
+def make_rows(kind: str, seed: int) -> Tensor:
     """[B, C, ...] of one view in the global batch; each channel has another mean."""
-    generator = torch.Generator().manual_seed(view)
+    shape = BATCH_NORM_SHAPES[kind]
+    generator = torch.Generator().manual_seed(seed)
     offsets = 10 * torch.arange(shape[1], dtype=torch.float64).view(-1, *[1] * (len(shape) - 2))
-    return (1 + view) * torch.randn(shape, generator=generator, dtype=torch.float64) + offsets
+    return (1 + seed) * torch.randn(shape, generator=generator, dtype=torch.float64) + offsets
 
 
-def normalised(kind: str, n_views: int, rank: int, size: int) -> list[Tensor]:
-    """Outputs, gradients of this rank's rows, of weight and of bias; and the averages."""
-    layer = randomised((BatchNorm2d if kind == "2d" else BatchNorm1d)(5)).double()
+def run_batch_norm(kind: str, n_views: int, rank: int, size: int) -> list[Tensor]:
+    layer_class = BatchNorm2d if kind == "2d" else BatchNorm1d
+    layer = randomize(layer_class(5)).double()
     layer.views = n_views
-    x, grad = (
-        torch.cat([rows(SHAPES[kind], first + view).chunk(size)[rank] for view in range(n_views)])
-        for first in (0, 5)
-    )
-    y = layer(x.requires_grad_())
-    y.backward(grad)
-    return [
-        y.detach(),
-        x.grad,
-        layer.weight.grad,
-        layer.bias.grad,
-        layer.running_mean,
-        layer.running_var,
-    ]
+
+    def own_rows(first_seed: int) -> Tensor:
+        views = [make_rows(kind, first_seed + view) for view in range(n_views)]
+        return torch.cat([view.chunk(size)[rank] for view in views])
+
+    x = own_rows(0).requires_grad_()
+    y = layer(x)
+    y.backward(own_rows(5))
+    averages = [layer.running_mean, layer.running_var]
+    return [y.detach(), x.grad, layer.weight.grad, layer.bias.grad, *averages]
 
 
-def a_rank(rank: int, size: int, port: int, folder: Path, cases: dict[str, Case]) -> None:
-    """Of `size` processes; it saves what it found. In the end one of four fails while the others wait for it."""
-    address = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": size,
-    }
-    os.environ |= {name: str(value) for name, value in address.items()}
-    torch.set_num_threads(1)
-    ranks, found = Distributed(os.environ), {}
+def run_cases(distributed: Distributed, cases: dict[str, Case], folder: Path) -> RankResult:
+    rank, size = distributed.rank, distributed.size
+    makers = []
 
-    def make() -> tuple[int, Path]:
-        found["made"] = True
+    def make_shared_value() -> tuple[int, Path]:
+        makers.append(rank)
         return rank, folder
 
+    shared_value = distributed.from_rank0(make_shared_value)
+    is_last = rank == size - 1
+    any_rank_answers = [distributed.any_rank(call == 3 and is_last) for call in range(6)]
+    all_ranks_answers = [distributed.all_ranks(value) for value in (True, is_last, False)]
+    trained = {}
+    for name, case in cases.items():
+        trained[name] = train(case, rank, size)
+        torch.compiler.reset()
+    return RankResult(
+        made_shared_value=bool(makers),
+        shared_value=shared_value,
+        any_rank_answers=any_rank_answers,
+        all_ranks_answers=all_ranks_answers,
+        trained=trained,
+        batch_norms={
+            (kind, n_views): run_batch_norm(kind, n_views, rank, size)
+            for kind in BATCH_NORM_SHAPES
+            for n_views in (1, 2)
+        },
+    )
+
+
+def run_rank(rank: int, size: int, port: int, folder: Path, cases: dict[str, Case]) -> None:
+    """The main function of a process. At the end, rank 2 of 4 fails while the others wait."""
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+    }
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    distributed = Distributed(os.environ)
     try:
-        with ranks.process_group(CPU):
-            found["shared"] = ranks.from_rank0(make)
-            found["answers"] = [
-                ranks.any_rank(question == 3 and rank == size - 1) for question in range(6)
-            ]
-            for name, case in cases.items():
-                found[name] = trained(case, rank, size)
-                torch.compiler.reset()
-            for kind in SHAPES:
-                found |= {
-                    f"{kind} {n_views}": normalised(kind, n_views, rank, size) for n_views in (1, 2)
-                }
-            torch.save(found, folder / f"{rank}.pt")
+        with distributed.process_group(CPU):
+            torch.save(run_cases(distributed, cases, folder), folder / f"{rank}.pt")
             if size == 4:
-                assert rank != 2, "this one"
+                assert rank != 2, "the reason"
                 dist.all_reduce(torch.zeros(1))
-            ranks.any_rank(True)  # the answer still travels
+            distributed.any_rank(True)  # its answer is still on the way when the block ends
     except (AssertionError, ConnectionError) as error:
         (folder / f"{rank}.failed").write_text(f"{type(error).__name__}: {error}")
         raise SystemExit(3) from None
@@ -196,51 +244,55 @@ def a_rank(rank: int, size: int, port: int, folder: Path, cases: dict[str, Case]
 
 
 def launch(folders: dict[int, Path], cases: dict[int, dict[str, Case]]) -> None:
-    """All ranks of all runs, forked from here (imports take longer than most of the rest); and how they ended."""
-    fork, processes = torch.multiprocessing.get_context("fork"), {}
+    """Run all ranks of all sizes at once, and save their exit codes.
+
+    They are forked, because their imports would take longer than most of their work.
+    """
+    fork = torch.multiprocessing.get_context("fork")
+    processes = {}
     for size, folder in folders.items():
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         for rank in range(size):
-            process = fork.Process(target=a_rank, args=(rank, size, port, folder, cases[size]))
+            process = fork.Process(target=run_rank, args=(rank, size, port, folder, cases[size]))
             process.start()
-            processes[folder / f"{rank}.status"] = process
-    end = time.monotonic() + 600
-    for status, process in processes.items():
-        process.join(max(0, end - time.monotonic()))
+            processes[folder / f"{rank}.exitcode"] = process
+    deadline = time.monotonic() + 600
+    for file, process in processes.items():
+        process.join(max(0, deadline - time.monotonic()))
         process.kill()
         process.join()
-        status.write_text(str(process.exitcode))
+        file.write_text(str(process.exitcode))
 
 
 class Run(NamedTuple):
+    """All ranks of one size."""
+
     folder: Path
-    statuses: list[str]
-    found: list[Found]  # of each rank
+    exit_codes: list[str]
+    results: list[RankResult]
 
 
 def run(cases: dict[int, dict[str, Case]], factory: pytest.TempPathFactory) -> dict[int, Run]:
-    """By number of ranks. This process has used its threads, and cannot fork; a fresh one can."""
+    """Run cases by number of ranks.
+
+    This process has used its threads, so that it must not fork. A new process does it.
+    """
     folders = {size: factory.mktemp(f"ranks{size}-") for size in cases}
-    launcher = torch.multiprocessing.get_context("spawn").Process(
-        target=launch, args=(folders, cases)
-    )
+    spawn = torch.multiprocessing.get_context("spawn")
+    launcher = spawn.Process(target=launch, args=(folders, cases))
     launcher.start()
-    for name in {name for some in cases.values() for name in some}:
-        alone(name)  # meanwhile
+    for name in set().union(*cases.values()):
+        train_alone(name)  # meanwhile
     launcher.join()
 
-    def files(folder: Path, suffix: str) -> list[Path]:
-        return sorted(folder.glob(f"*.{suffix}"))
-
-    return {
-        size: Run(
-            folder,
-            [file.read_text() for file in files(folder, "status")],
-            [torch.load(file, weights_only=False) for file in files(folder, "pt")],
-        )
-        for size, folder in folders.items()
-    }
+    runs = {}
+    for size, folder in folders.items():
+        exit_codes = [file.read_text() for file in sorted(folder.glob("*.exitcode"))]
+        files = sorted(folder.glob("*.pt"))
+        results = [torch.load(file, weights_only=False) for file in files]
+        runs[size] = Run(folder, exit_codes, results)
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -248,158 +300,171 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
     return run({2: CASES | VARIANTS, 4: CASES}, tmp_path_factory)
 
 
-# ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── training ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_as_alone(run: Run, name: str, tolerance: float) -> None:
-    expected, (first, *rest) = alone(name), [found[name] for found in run.found]
-    torch.testing.assert_close(first["losses"], expected["losses"], rtol=tolerance, atol=0)
-    for key, value in expected["state"].items():
-        scale = float(value.abs().max())
-        torch.testing.assert_close(
-            first["state"][key], value, rtol=0, atol=tolerance * scale, msg=f"{name}: {key}"
-        )
-        assert all(torch.equal(other["state"][key], first["state"][key]) for other in rest), (
-            "ranks drift apart"
-        )
-    assert len(run.found) == len(run.statuses)
-
-
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", CASES)
-def test_the_same_global_batches_give_the_same_run_on_any_number_of_ranks(
-    runs: dict[int, Run], size: int, name: str
+def check_state(
+    state: dict[str, Tensor], expected: Iterable[tuple[str, Tensor]], tolerance: float
 ) -> None:
-    check_as_alone(runs[size], name, 1e-5 if name == "float32" else 1e-10)
+    for name, value in expected:
+        largest = float(value.abs().max())
+        torch.testing.assert_close(state[name], value, rtol=0, atol=tolerance * largest, msg=name)
+
+
+def check_same_as_alone(run: Run, name: str, tolerance: float) -> None:
+    assert len(run.results) == len(run.exit_codes), "a rank has saved nothing"
+    expected = train_alone(name)
+    first, *others = [result.trained[name] for result in run.results]
+    torch.testing.assert_close(first.losses, expected.losses, rtol=tolerance, atol=0)
+    check_state(first.state, expected.state.items(), tolerance)
+    for other in others:
+        for key, value in first.state.items():
+            assert torch.equal(other.state[key], value), f"ranks differ in {key}"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_any_number_of_ranks_gives_the_same_run(runs: dict[int, Run], size: int, name: str) -> None:
+    check_same_as_alone(runs[size], name, 1e-5 if name == "float32" else 1e-10)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_so_does_each_way_of_running_the_network(runs: dict[int, Run], name: str) -> None:
-    check_as_alone(runs[2], name, 1e-12)
-    assert [found[name]["graphs"] for found in runs[2].found] == [2 * (name == "traced")] * 2
+def test_each_way_of_running_the_network_gives_the_same_run(
+    runs: dict[int, Run], name: str
+) -> None:
+    check_same_as_alone(runs[2], name, 1e-12)
+    graph_counts = [result.trained[name].graph_count for result in runs[2].results]
+    assert graph_counts == ([2, 2] if name == "traced" else [0, 0])
 
 
 @pytest.mark.slow
-def test_so_does_the_compiled_network(tmp_path_factory: pytest.TempPathFactory) -> None:
-    check_as_alone(run({2: COMPILED}, tmp_path_factory)[2], "compiled", 1e-10)
+def test_the_compiled_network_gives_the_same_run(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    check_same_as_alone(run({2: COMPILED}, tmp_path_factory)[2], "compiled", 1e-10)
 
 
-def plain(made: nn.Module) -> nn.Module:
-    """With torch's own batch norms."""
-    for name, module in list(made.named_modules()):
+def with_torchs_batch_norm(network: BarlowTwins) -> BarlowTwins:
+    for name, module in list(network.named_modules()):
         if isinstance(module, (BatchNorm1d, BatchNorm2d)):
-            own = (nn.BatchNorm2d if isinstance(module, BatchNorm2d) else nn.BatchNorm1d)(
-                module.num_features
-            ).double()
-            own.load_state_dict(module.state_dict())
-            made.set_submodule(name, own)
-    return made
+            torchs = nn.BatchNorm2d if isinstance(module, BatchNorm2d) else nn.BatchNorm1d
+            layer = torchs(module.num_features).double()
+            layer.load_state_dict(module.state_dict())
+            network.set_submodule(name, layer)
+    return network
 
 
 @pytest.mark.parametrize("name", ["dxd", "nxn"])
-def test_that_run_is_the_method_written_out(name: str) -> None:
-    """Batch norm by torch, the cross-correlation matrix, autograd, and LARS parameter by parameter."""
-    reference, losses = plain(network(CASES[name])), []
-    momenta = [torch.zeros_like(p) for p in reference.parameters()]
+def test_the_run_follows_the_formulas_of_the_paper(name: str) -> None:
+    """With torch's batch norm, the cross-correlation matrix, autograd, and LARS written out."""
+    network = with_torchs_batch_norm(make_network(CASES[name]))
+    momenta = [torch.zeros_like(p) for p in network.parameters()]
+    losses = []
     for step in range(STEPS):
-        c = plain_c(
-            *(
-                reference.projector(reference.backbone(view))
-                for view in views(BATCH, 16, step, torch.float64)
-            )
+        a, b = make_views(BATCH, 16, step, torch.float64)
+        c = cross_correlation(
+            network.projector(network.backbone(a)), network.projector(network.backbone(b))
         )
         diagonal = c.diagonal()
         loss = (diagonal - 1).square().sum() + LAMBD * (c.square().sum() - diagonal.square().sum())
-        grads = torch.autograd.grad(loss, list(reference.parameters()))
+        grads = torch.autograd.grad(loss, list(network.parameters()))
         losses.append(loss.detach())
         with torch.no_grad():
-            for i, (p, g) in enumerate(zip(reference.parameters(), grads, strict=True)):
-                lr = RATES[step][p.ndim == 1]
-                new, momenta[i] = lars_by_hand(
-                    p, g, momenta[i], lr, WEIGHT_DECAY, ETA, MOMENTUM, clip=False
-                )
-                p.copy_(new)
-    found = alone(name)
-    torch.testing.assert_close(found["losses"], torch.stack(losses), rtol=1e-10, atol=0)
-    for key, value in reference.state_dict().items():
-        torch.testing.assert_close(
-            found["state"][key], value, rtol=0, atol=1e-10 * float(value.abs().max()), msg=key
-        )
+            for i, (p, g) in enumerate(zip(network.parameters(), grads, strict=True)):
+                lr = LEARNING_RATES[step][p.ndim == 1]
+                updated, momenta[i] = lars_step(p, g, momenta[i], lr, LARS_SETTINGS)
+                p.copy_(updated)
+
+    ours = train_alone(name)
+    torch.testing.assert_close(ours.losses, torch.stack(losses), rtol=1e-10, atol=0)
+    check_state(ours.state, network.state_dict().items(), 1e-10)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("n_views", [1, 2])
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", BATCH_NORM_SHAPES)
 def test_batch_norm_over_ranks_is_torchs_over_the_global_batch(
     runs: dict[int, Run], kind: str, n_views: int, size: int
 ) -> None:
-    layer = randomised((nn.BatchNorm2d if kind == "2d" else nn.BatchNorm1d)(5)).double()
-    x = [rows(SHAPES[kind], view).requires_grad_() for view in range(n_views)]
+    layer = randomize((nn.BatchNorm2d if kind == "2d" else nn.BatchNorm1d)(5)).double()
+    x = [make_rows(kind, view).requires_grad_() for view in range(n_views)]
     y = [layer(view) for view in x]
-    torch.autograd.backward(y, [rows(SHAPES[kind], 5 + view) for view in range(n_views)])
-    found = [found[f"{kind} {n_views}"] for found in runs[size].found]
-    for rank, (output, grad, _, _, *averages) in enumerate(found):
-        mine = [
-            torch.cat([t.chunk(size)[rank] for t in whole])
-            for whole in (y, [view.grad for view in x])
-        ]
-        torch.testing.assert_close([output, grad], mine, rtol=1e-11, atol=1e-11)
-        torch.testing.assert_close(
-            averages, [layer.running_mean, layer.running_var], rtol=1e-12, atol=0
-        )
-    of_parameters = [sum(grads) for grads in zip(*(of_rank[2:4] for of_rank in found), strict=True)]
-    torch.testing.assert_close(
-        of_parameters, [layer.weight.grad, layer.bias.grad], rtol=1e-11, atol=1e-11
-    )
+    torch.autograd.backward(y, [make_rows(kind, 5 + view) for view in range(n_views)])
+
+    results = [result.batch_norms[kind, n_views] for result in runs[size].results]
+    for rank, (output, grad, _, _, *averages) in enumerate(results):
+        expected_output = torch.cat([view.chunk(size)[rank] for view in y])
+        expected_grad = torch.cat([view.grad.chunk(size)[rank] for view in x])
+        torch.testing.assert_close(output, expected_output, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-11, atol=1e-11)
+        expected_averages = [layer.running_mean, layer.running_var]
+        torch.testing.assert_close(averages, expected_averages, rtol=1e-12, atol=0)
+    weight_grad = sum(result[2] for result in results)
+    bias_grad = sum(result[3] for result in results)
+    torch.testing.assert_close(weight_grad, layer.weight.grad, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(bias_grad, layer.bias.grad, rtol=1e-11, atol=1e-11)
 
 
-# ── what else they say to each other ─────────────────────────────────────────────────────────────────────────────────
+# ── collectives ──────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_share_what_the_first_has_made_and_hear_a_yes_one_call_later(
-    runs: dict[int, Run], size: int
-) -> None:
-    folder, _, found = runs[size]
-    assert [of_rank.get("made", False) for of_rank in found] == [True] + [False] * (size - 1)
-    assert [of_rank["shared"] for of_rank in found] == [(0, folder)] * size
-    assert [of_rank["answers"] for of_rank in found] == [[False] * 4 + [True, False]] * size
+@pytest.mark.parametrize("size", SIZES)
+def test_from_rank0_calls_the_function_on_rank_0_only(runs: dict[int, Run], size: int) -> None:
+    results = runs[size].results
+    assert [result.made_shared_value for result in results] == [True] + [False] * (size - 1)
+    assert [result.shared_value for result in results] == [(0, runs[size].folder)] * size
 
 
-def test_ranks_that_have_finished_leave_even_while_an_answer_travels(runs: dict[int, Run]) -> None:
-    assert runs[2].statuses == ["0", "0"]
+@pytest.mark.parametrize("size", SIZES)
+def test_any_rank_answers_one_call_later_on_all_ranks(runs: dict[int, Run], size: int) -> None:
+    answers = [result.any_rank_answers for result in runs[size].results]
+    assert answers == [[False] * 4 + [True, False]] * size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_ranks_is_true_only_if_all_are(runs: dict[int, Run], size: int) -> None:
+    answers = [result.all_ranks_answers for result in runs[size].results]
+    assert answers == [[True, False, False]] * size
+
+
+def test_ranks_can_leave_while_an_answer_is_on_the_way(runs: dict[int, Run]) -> None:
+    assert runs[2].exit_codes == ["0", "0"]
     assert not list(runs[2].folder.glob("*.failed"))
 
 
-def test_where_one_rank_fails_all_do_and_it_alone_says_why(runs: dict[int, Run]) -> None:
-    folder, statuses, _ = runs[4]
-    assert statuses == ["3"] * 4
-    words = [(folder / f"{rank}.failed").read_text() for rank in range(4)]
-    assert words.pop(2) == "AssertionError: this one"
-    assert set(words) == {
+def test_if_one_rank_fails_all_fail_and_only_it_reports_the_reason(runs: dict[int, Run]) -> None:
+    run = runs[4]
+    assert run.exit_codes == ["3"] * 4
+    messages = [(run.folder / f"{rank}.failed").read_text() for rank in range(4)]
+    assert messages.pop(2) == "AssertionError: the reason"
+    assert set(messages) == {
         "ConnectionError: another rank has failed; its error message has the reason"
     }
 
 
-def test_a_world_of_one_needs_no_group() -> None:
-    ranks = Distributed({})
-    with ranks.process_group(CPU):
+def test_a_single_process_needs_no_process_group() -> None:
+    distributed = Distributed({})
+    with distributed.process_group(CPU):
         assert not dist.is_initialized()
-        assert ranks.from_rank0(lambda: 7) == 7
-        assert [ranks.any_rank(mine) for mine in (False, True, False)] == [False, True, False]
-    assert (ranks.rank, ranks.size, ranks.local_rank, ranks.local_size, ranks.is_rank0) == (
-        0,
-        1,
-        0,
-        1,
-        True,
-    )
-    second = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
-    ranks = Distributed(second)
-    assert (ranks.rank, ranks.size, ranks.local_rank, ranks.local_size, ranks.is_rank0) == (
-        9,
-        16,
-        1,
-        8,
-        False,
-    )
+        assert distributed.from_rank0(lambda: 7) == 7
+        for value in (False, True, False):
+            assert distributed.any_rank(value) is value
+            assert distributed.all_ranks(value) is value
+
+
+def test_ranks_and_sizes_come_from_the_environment() -> None:
+    single = Distributed({})
+    assert (single.rank, single.size) == (0, 1)
+    assert (single.local_rank, single.local_size) == (0, 1)
+    assert single.is_rank0
+
+    second_machine = {
+        "RANK": "9",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "8",
+    }
+    other = Distributed(second_machine)
+    assert (other.rank, other.size) == (9, 16)
+    assert (other.local_rank, other.local_size) == (1, 8)
+    assert not other.is_rank0
