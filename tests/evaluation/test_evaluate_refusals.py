@@ -167,7 +167,7 @@ def test_a_checkpoint_that_is_a_pipe_is_not_waited_for(evaluate: Train) -> None:
 def test_a_folder_without_a_checkpoint(evaluate: Train) -> None:
     Path("empty").mkdir()
     result = evaluate("export", "--checkpoint", "empty", "--output", "out", *CPU)
-    refused(result, "empty holds no checkpoint.pt", "name the file")
+    refused(result, "empty", "no checkpoint.pt", "name the file")
 
 
 def test_weights_that_are_not_finite(evaluate: Train, pretrained: Path) -> None:
