@@ -1,4 +1,4 @@
-"""Images that the tests make, a cache folder of their own, and train.py run in this process."""
+"""Fixtures for all tests: folders of images, a cache folder, and the commands in this process."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ import pytest
 from PIL import Image
 
 from tests.helpers.images import encoded, picture, write_photos
-from tests.helpers.libraries import needed
-from tests.helpers.runs import CPU, TINY, TRAIN, Train
+from tests.helpers.libraries import import_or_skip
+from tests.helpers.runs import CPU, TINY, TRAIN, Command
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch: tests run threads of both kinds at once
+# Before torch is imported: tests run the threads of torch and of Numba in turn, and threads that
+# spin while they wait would take the cores from each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before Triton is imported: without a GPU its kernels are interpreted.
 if not any(Path("/dev").glob("nvidia[0-9]*")):
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # before Triton: without a GPU its kernels are interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -44,108 +43,103 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_photos(tmp_path_factory.mktemp("photos"), 60)
 
 
-@pytest.fixture
-def ffcv() -> Iterator[Any]:
-    """The library, without what its loaders do to torch's threads, here and in the threads of the tests to come."""
-    import torch
-
-    threads = torch.get_num_threads()
-    yield needed("ffcv")
-    gc.collect()  # its loaders lie in circles; here warnings about them are expected
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def run_verb(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Train]:
-    """A verb, by its name, in this process, from an empty folder: (exit status, everything it said)."""
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    monkeypatch.delenv("TWINFEED_TRACEBACK", raising=False)
-
-    def run(name: str, *arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # ignored where the tests run in the background
-        status: Any = 0
-        try:
-            runpy.run_path(str(TRAIN.with_name(f"{name}.py")), run_name="__main__")
-        except SystemExit as end:
-            status = end.code or 0
-        said = capsys.readouterr()
-        text = said.out + said.err + (f"{status}\n" if isinstance(status, str) else "")
-        assert "Traceback" not in text
-        return 1 if isinstance(status, str) else status, text
-
-    before = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
-    yield run
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def train(run_verb: Train) -> Train:
-    """`train.py` in this process, from an empty folder: (exit status, everything it said)."""
-    return partial(run_verb, "train")
-
-
-@pytest.fixture
-def convert(run_verb: Train) -> Train:
-    """`convert.py`, likewise."""
-    return partial(run_verb, "convert")
-
-
-@pytest.fixture
-def evaluate(run_verb: Train) -> Train:
-    """`evaluate.py`, likewise."""
-    return partial(run_verb, "evaluate")
+@pytest.fixture(scope="session")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 JPEGs without labels: five steps per epoch with batches of eight."""
+    return write_photos(tmp_path_factory.mktemp("unlabelled"), 40, classes=1)
 
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes that colour tells apart: 60 images to learn from, 30 to be asked about."""
+    """Three classes that differ in colour: 60 images in train/ and 30 in val/."""
     root = tmp_path_factory.mktemp("labelled")
     for split, count in (("train", 60), ("val", 30)):
         for i in range(count):
             path = root / split / f"class{i % 3}" / f"{split}_{i:03d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.asarray(
-                picture(40 + i % 7, 36 + i % 5, seed=1000 * (split == "val") + i)
-            ).copy()
-            pixels[..., i % 3] //= 4  # of one of red, green and blue there is little
+            image = picture(40 + i % 7, 36 + i % 5, seed=1000 * (split == "val") + i)
+            pixels = np.asarray(image).copy()
+            pixels[..., i % 3] //= 4  # each class has little of one of red, green and blue
             path.write_bytes(encoded(Image.fromarray(pixels), quality=90))
     return root
 
 
 @pytest.fixture(scope="session")
 def pretrained(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a pretraining of an epoch on those."""
+    """The folder of a run: one epoch of pretraining on `labelled`."""
     folder = tmp_path_factory.mktemp("pretrained") / "tiny"
-    command = [sys.executable, TRAIN, "--data", labelled, "--epochs", "1", *TINY, "--run", folder]
+    options = ["--data", labelled, "--epochs", "1", *TINY, "--run-folder", folder]
+    command = [sys.executable, TRAIN, *options]
     subprocess.run(command, check=True, capture_output=True, cwd=folder.parent)
     return folder
 
 
 @pytest.fixture
 def common(pretrained: Path, labelled: Path) -> list[Any]:
-    """Options of an evaluation, whose results come into `out`."""
+    """Options of evaluate.py: the network, the images, and the folder `out` for the results."""
     return ["--checkpoint", pretrained, "--train", labelled, "--output", "out", *CPU]
 
 
-@pytest.fixture(scope="session")
-def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty photographs without labels: five steps of eight an epoch."""
-    folder = tmp_path_factory.mktemp("flat")
-    write_photos(folder, 40, classes=1)
-    return folder
+@pytest.fixture
+def ffcv() -> Iterator[Any]:
+    """The library FFCV. What its loaders change in torch's threads is undone."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield import_or_skip("ffcv")
+    gc.collect()  # its loaders are reference cycles; warnings about them must come in this test
+    torch.set_num_threads(threads)
 
 
-# ── record formats ───────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def run_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Command]:
+    """Runs a command by its name in this process, from an empty folder.
+
+    Returns the exit status and everything that was printed.
+    """
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.delenv("TWINFEED_TRACEBACK", raising=False)
+
+    def run(name: str, *arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        # A shell ignores Ctrl-C in the processes that it runs in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        status: Any = 0
+        try:
+            runpy.run_path(str(TRAIN.with_name(f"{name}.py")), run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+        printed = capsys.readouterr()
+        text = printed.out + printed.err
+        if isinstance(status, str):  # sys.exit(message) prints it, and exits with 1
+            text += f"{status}\n"
+            status = 1
+        assert "Traceback" not in text
+        return status, text
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-# ── torch files ──────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def train(run_command: Command) -> Command:
+    """Runs `train.py` in this process, from an empty folder."""
+    return partial(run_command, "train")
+
+
+@pytest.fixture
+def convert(run_command: Command) -> Command:
+    """Runs `convert.py` in this process, from an empty folder."""
+    return partial(run_command, "convert")
+
+
+@pytest.fixture
+def evaluate(run_command: Command) -> Command:
+    """Runs `evaluate.py` in this process, from an empty folder."""
+    return partial(run_command, "evaluate")

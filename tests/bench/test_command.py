@@ -35,9 +35,9 @@ from bench.stage_names import (
 from experiment import PRESETS, DecoderName, provenance
 from tests.bench.conftest import Bench
 from tests.helpers.images import encoded, picture, write_photos
-from tests.helpers.libraries import needed
+from tests.helpers.libraries import import_or_skip
 from tests.helpers.processes import run_two_ranks
-from tests.helpers.runs import refused
+from tests.helpers.runs import assert_refused
 
 ROOT = Path(__file__).parents[2]
 STAGES = [PLAN, COLD, WARM, DECODE, TWO_CROPS, DISTORT, FEED, STEP, E2E]
@@ -131,7 +131,7 @@ def test_other_formats_and_broken_files(bench: Bench, forty: Path) -> None:
 
 
 def test_stages_with_dali(bench: Bench, forty: Path) -> None:
-    needed("nvidia.dali")
+    import_or_skip("nvidia.dali")
     result, text = measure(bench, forty, "--decoder", "dali", "--no-peers", "--threads", 1)
     check_run(result, text)
     assert result.settings["decoder"] == "dali"
@@ -162,17 +162,21 @@ def test_data_larger_than_the_memory_are_bounded_by_the_disk(
 def test_bad_options_are_refused_in_one_line(
     bench: Bench, arguments: list[str], words: list[str]
 ) -> None:
-    refused(bench("--quick", *arguments), *words)
+    assert_refused(bench("--quick", *arguments), *words)
 
 
 def test_too_few_images_are_refused(bench: Bench, tmp_path: Path) -> None:
-    refused(bench(*TINY, "--data", write_photos(tmp_path / "one", 1)), "1 images are too few")
+    assert_refused(
+        bench(*TINY, "--data", write_photos(tmp_path / "one", 1)), "1 images are too few"
+    )
 
 
 def test_images_that_do_not_decode_are_refused(bench: Bench, tmp_path: Path) -> None:
     for path in write_photos(tmp_path / "torn", 3).rglob("*.jpg"):
         path.write_bytes(path.read_bytes()[:-400])
-    refused(bench(*TINY, "--data", tmp_path / "torn"), "none of the first", "decodes", "0000.jpg")
+    assert_refused(
+        bench(*TINY, "--data", tmp_path / "torn"), "none of the first", "decodes", "0000.jpg"
+    )
 
 
 def test_options_offer_every_decoder_and_preset() -> None:

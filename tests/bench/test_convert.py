@@ -10,7 +10,7 @@ import pytest
 
 import pipeline
 from bench import convert, record, report
-from tests.helpers.libraries import needed
+from tests.helpers.libraries import import_or_skip
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_conversions_are_measured_recorded_and_reported(photos: Path, tmp_path: Path) -> None:
     """In a process of its own, since FFCV forks workers."""
-    needed("ffcv")
+    import_or_skip("ffcv")
     command = [sys.executable, "-m", "bench", "convert", "--data", str(photos), "--rounds", "2"]
     json = ["--json", str(tmp_path / "a.json")]
     done = subprocess.run([*command, *json], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -42,7 +42,7 @@ def test_conversions_are_measured_recorded_and_reported(photos: Path, tmp_path: 
 
 def test_ffcvs_beton_is_complete(photos: Path, tmp_path: Path) -> None:
     """FFCV's writer is timed for a file that holds every image, reduced as asked for."""
-    needed("ffcv")
+    import_or_skip("ffcv")
     code = (
         "import sys; from pathlib import Path; from bench.ffcv_writer import write_beton\n"
         "write_beton(sorted(map(str, Path(sys.argv[1]).rglob('*.jpg'))), sys.argv[2], 50)"

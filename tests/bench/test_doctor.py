@@ -15,7 +15,7 @@ import torch
 import pipeline
 from bench import doctor
 from tests.bench.conftest import Bench
-from tests.helpers.libraries import needed
+from tests.helpers.libraries import import_or_skip
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def test_everything_is_examined(bench: Bench) -> None:
 def test_an_optional_library_that_cannot_be_imported_is_missing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed("matplotlib")
+    import_or_skip("matplotlib")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, text = bench("doctor")
     assert status == 0

@@ -18,8 +18,8 @@ from bench.stage_names import DECODE
 from experiment import Console
 from tests.bench.conftest import Bench
 from tests.helpers.benchmarks import make_record
-from tests.helpers.libraries import needed
-from tests.helpers.runs import refused
+from tests.helpers.libraries import import_or_skip
+from tests.helpers.runs import assert_refused
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -101,7 +101,7 @@ def test_markdown_has_a_row_for_every_stage_and_peer(gpu: bool) -> None:
 
 
 def test_records_are_printed_and_drawn(bench: Bench, tmp_path: Path) -> None:
-    needed("matplotlib")
+    import_or_skip("matplotlib")
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     make_record().write(paths[0])
     dataclasses.replace(make_record(gpu=True), peers=[]).write(paths[1])
@@ -114,7 +114,7 @@ def test_records_are_printed_and_drawn(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_a_missing_record_is_refused(bench: Bench, tmp_path: Path) -> None:
-    refused(bench("report", tmp_path / "c.json"), "c.json")
+    assert_refused(bench("report", tmp_path / "c.json"), "c.json")
 
 
 def test_the_page_shows_the_committed_record() -> None:

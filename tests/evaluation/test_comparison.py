@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import CPU, Train, refused
+from tests.helpers.runs import CPU, Command, assert_refused
 
 
-def write_knn(evaluate: Train, pretrained: Path, labelled: Path, output: str, k: int) -> str:
+def write_knn(evaluate: Command, pretrained: Path, labelled: Path, output: str, k: int) -> str:
     """Evaluate kNN with results in `output`; returns the top-1 accuracy as the table shows it."""
     options = ["--checkpoint", pretrained, "--train", labelled, "--output", output, "--k", k]
     status, text = evaluate("knn", *options, *CPU)
@@ -25,7 +25,7 @@ def row_of(text: str, name: str) -> str:
     return row
 
 
-def test_runs_are_shown_side_by_side(evaluate: Train, pretrained: Path, labelled: Path) -> None:
+def test_runs_are_shown_side_by_side(evaluate: Command, pretrained: Path, labelled: Path) -> None:
     one = write_knn(evaluate, pretrained, labelled, "one", k=1)
     other = write_knn(evaluate, pretrained, labelled, "other", k=7)
     status, text = evaluate("compare", "one", "other", pretrained)
@@ -35,7 +35,7 @@ def test_runs_are_shown_side_by_side(evaluate: Train, pretrained: Path, labelled
 
 
 def test_folders_of_the_same_name_are_told_apart(
-    evaluate: Train, pretrained: Path, labelled: Path
+    evaluate: Command, pretrained: Path, labelled: Path
 ) -> None:
     first = write_knn(evaluate, pretrained, labelled, "a/same", k=1)
     second = write_knn(evaluate, pretrained, labelled, "b/same", k=60)
@@ -46,7 +46,7 @@ def test_folders_of_the_same_name_are_told_apart(
 
 
 def test_a_folder_named_like_a_path_of_another_is_told_apart(
-    evaluate: Train, pretrained: Path, labelled: Path
+    evaluate: Command, pretrained: Path, labelled: Path
 ) -> None:
     write_knn(evaluate, pretrained, labelled, "one", k=1)
     shutil.copytree("one", "again/one")
@@ -56,7 +56,7 @@ def test_a_folder_named_like_a_path_of_another_is_told_apart(
 
 
 def test_damaged_files_are_named_and_other_json_is_ignored(
-    evaluate: Train, pretrained: Path, labelled: Path
+    evaluate: Command, pretrained: Path, labelled: Path
 ) -> None:
     write_knn(evaluate, pretrained, labelled, "run", k=1)
     Path("run/predictions.json").write_text('[{"image": "cat.jpg"}]')
@@ -71,6 +71,6 @@ def test_damaged_files_are_named_and_other_json_is_ignored(
 
 
 @pytest.mark.parametrize(("name", "words"), [("empty", "holds no results"), ("absent", "folder")])
-def test_a_folder_without_results_is_refused(evaluate: Train, name: str, words: str) -> None:
+def test_a_folder_without_results_is_refused(evaluate: Command, name: str, words: str) -> None:
     Path("empty").mkdir()
-    refused(evaluate("compare", name), name, words)
+    assert_refused(evaluate("compare", name), name, words)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import model
-from tests.helpers.runs import CPU, Train, outputs, refused, result_of
+from tests.helpers.runs import CPU, Command, assert_refused, outputs, result_of
 
 
-def test_knn(evaluate: Train, common: list[Any]) -> None:
+def test_knn(evaluate: Command, common: list[Any]) -> None:
     status, text = evaluate("knn", *common, "--k", "5")
     assert status == 0, text
     record = result_of("knn")
@@ -44,7 +44,7 @@ def test_knn(evaluate: Train, common: list[Any]) -> None:
 
 
 def test_linear_trains_a_classifier_for_predict(
-    evaluate: Train, common: list[Any], labelled: Path
+    evaluate: Command, common: list[Any], labelled: Path
 ) -> None:
     status, text = evaluate("linear", *common, "--epochs", "6", "--batch-size", "20", "--lr", "3")
     assert status == 0, text
@@ -73,7 +73,7 @@ def test_linear_trains_a_classifier_for_predict(
 
 
 def test_a_sweep_trains_each_classifier_as_if_it_were_alone(
-    evaluate: Train, common: list[Any]
+    evaluate: Command, common: list[Any]
 ) -> None:
     options = ["linear", *common, "--epochs", "2", "--batch-size", "20"]
     status, text = evaluate(*options, "--lr", "0.3", "3", "--weight-decay", "0", "1e-3")
@@ -92,7 +92,7 @@ def test_a_sweep_trains_each_classifier_as_if_it_were_alone(
 
 
 def test_resumed_linear_training_writes_the_same_classifier(
-    evaluate: Train, common: list[Any]
+    evaluate: Command, common: list[Any]
 ) -> None:
     options = ["linear", *common, "--epochs", "4", "--batch-size", "20"]
     assert evaluate(*options)[0] == 0
@@ -117,17 +117,19 @@ def test_resumed_linear_training_writes_the_same_classifier(
     assert outputs() == {"linear-imagenet.json", "linear-imagenet.safetensors"}
 
 
-def test_resume_needs_an_interrupted_training(evaluate: Train, common: list[Any]) -> None:
+def test_resume_needs_an_interrupted_training(evaluate: Command, common: list[Any]) -> None:
     options = ["linear", *common, "--epochs", "1", "--batch-size", "20"]
     assert evaluate(*options)[0] == 0
-    refused(evaluate(*options, "--resume"), "--resume", "nothing to resume from")
-    refused(evaluate(*options, "--output", "new", "--resume"), "--resume", "nothing to resume from")
+    assert_refused(evaluate(*options, "--resume"), "--resume", "nothing to resume from")
+    assert_refused(
+        evaluate(*options, "--output", "new", "--resume"), "--resume", "nothing to resume from"
+    )
     assert not Path("new").exists()
 
 
 @pytest.mark.parametrize(("preset", "backbone_lr"), [("paper", 0.002), ("authors", 0.005)])
 def test_semisup_fine_tunes_the_network(
-    evaluate: Train, common: list[Any], pretrained: Path, preset: str, backbone_lr: float
+    evaluate: Command, common: list[Any], pretrained: Path, preset: str, backbone_lr: float
 ) -> None:
     options = ["--labels", "0.1", "--preset", preset, "--epochs", "3", "--batch-size", "3"]
     status, text = evaluate("semisup", *common, *options)
@@ -150,7 +152,9 @@ def test_semisup_fine_tunes_the_network(
     assert not torch.equal(tuned["bn1.running_mean"], before["bn1.running_mean"])
 
 
-def test_semisup_reads_simclrs_lists_of_labelled_images(evaluate: Train, common: list[Any]) -> None:
+def test_semisup_reads_simclrs_lists_of_labelled_images(
+    evaluate: Command, common: list[Any]
+) -> None:
     options = ["--labels", "list.txt", "--epochs", "1", "--batch-size", "6"]
     names = [f"train_{i:03d}.jpg" for i in (0, 1, 2, 9, 10, 11)]
     Path("list.txt").write_text("\n".join(names))
@@ -159,7 +163,7 @@ def test_semisup_reads_simclrs_lists_of_labelled_images(evaluate: Train, common:
     assert result_of("semisup-10percent")["images"]["labelled"]["images"] == 6
 
     Path("list.txt").write_text("train_000.jpg\nn01440764_123.JPEG\n")
-    refused(evaluate("semisup", *common, *options), "n01440764_123.JPEG", "list.txt")
+    assert_refused(evaluate("semisup", *common, *options), "n01440764_123.JPEG", "list.txt")
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +190,7 @@ def devkit(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return parent
 
 
-def test_svm_on_a_development_kit(evaluate: Train, pretrained: Path, devkit: Path) -> None:
+def test_svm_on_a_development_kit(evaluate: Command, pretrained: Path, devkit: Path) -> None:
     options = ["--checkpoint", pretrained, "--output", "out", *CPU]
     status, text = evaluate("svm", *options, "--voc07", devkit)
     assert status == 0, text
@@ -202,7 +206,7 @@ def test_svm_on_a_development_kit(evaluate: Train, pretrained: Path, devkit: Pat
     "layout", ["torchvision", "timm", "mmpretrain", "solo-learn", "lightly", "safetensors"]
 )
 def test_exported_weights_give_the_same_results(
-    evaluate: Train, pretrained: Path, labelled: Path, layout: str
+    evaluate: Command, pretrained: Path, labelled: Path, layout: str
 ) -> None:
     output = ["--output", "out", *CPU]
     status, text = evaluate("export", "--checkpoint", pretrained, "--to", layout, *output)
@@ -219,7 +223,7 @@ def test_exported_weights_give_the_same_results(
 
 
 def test_other_weights_in_the_folder_of_a_run_have_results_of_their_own(
-    evaluate: Train, pretrained: Path, labelled: Path
+    evaluate: Command, pretrained: Path, labelled: Path
 ) -> None:
     run = Path(shutil.copytree(pretrained, "run"))
     options = ["--train", labelled, *CPU]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers.images import write_photos
-from tests.helpers.runs import CPU, TINY, Train, outputs, refused
+from tests.helpers.runs import CPU, TINY, Command, assert_refused, outputs
 
 EVALUATIONS = [
     ["knn"],
@@ -32,17 +32,19 @@ def command_name(command: list[str]) -> str:
 
 @pytest.mark.parametrize("command", EVALUATIONS, ids=command_name)
 def test_images_that_cannot_be_evaluated_on(
-    evaluate: Train, pretrained: Path, labelled: Path, flat: Path, command: list[str]
+    evaluate: Command, pretrained: Path, labelled: Path, unlabelled: Path, command: list[str]
 ) -> None:
     def run(*arguments: object) -> tuple[int, str]:
         return evaluate(*command, "--checkpoint", pretrained, "--output", "out", *CPU, *arguments)
 
-    refused(run("--train", flat, "--test", flat), "labels")
-    refused(run("--train", flat, "--test", labelled / "val"), "labels are needed", str(flat))
-    refused(run("--train", labelled / "train"), "--test")
-    refused(run("--train", "nowhere"), "nowhere")
+    assert_refused(run("--train", unlabelled, "--test", unlabelled), "labels")
+    assert_refused(
+        run("--train", unlabelled, "--test", labelled / "val"), "labels are needed", str(unlabelled)
+    )
+    assert_refused(run("--train", labelled / "train"), "--test")
+    assert_refused(run("--train", "nowhere"), "nowhere")
     write_photos(Path("other"), 8, classes=4)
-    refused(run("--train", labelled, "--test", "other"), "class3", "train")
+    assert_refused(run("--train", labelled, "--test", "other"), "class3", "train")
     assert not outputs()
 
 
@@ -66,24 +68,24 @@ def shards(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("command", EVALUATIONS, ids=command_name)
 def test_evaluations_need_a_label_for_every_image(
-    evaluate: Train, common: list[Any], labelled: Path, shards: Path, command: list[str]
+    evaluate: Command, common: list[Any], labelled: Path, shards: Path, command: list[str]
 ) -> None:
-    refused(evaluate(*command, *common, "--train", shards), "labels are needed", "12 of 60")
+    assert_refused(evaluate(*command, *common, "--train", shards), "labels are needed", "12 of 60")
     result = evaluate(*command, *common, "--train", labelled, "--test", shards / "val")
-    refused(result, "labels are needed", "6 of 30")
+    assert_refused(result, "labels are needed", "6 of 30")
     assert not outputs()
 
 
 def test_a_vote_needs_a_label_for_every_image(
-    evaluate: Train, pretrained: Path, labelled: Path, shards: Path
+    evaluate: Command, pretrained: Path, labelled: Path, shards: Path
 ) -> None:
     image = labelled / "val" / "class0" / "val_000.jpg"
     options = ["--checkpoint", pretrained, "--train", shards, image, *CPU]
-    refused(evaluate("predict", *options), "labels are needed", "12 of 60 images")
+    assert_refused(evaluate("predict", *options), "labels are needed", "12 of 60 images")
 
 
 def test_pretraining_runs_without_a_knn_test_if_a_label_is_missing(
-    train: Train, shards: Path
+    train: Command, shards: Path
 ) -> None:
     status, text = train("--data", shards, "--epochs", "1", *TINY)
     assert status == 0, text
@@ -92,7 +94,7 @@ def test_pretraining_runs_without_a_knn_test_if_a_label_is_missing(
 
 @pytest.mark.parametrize("command", EVALUATIONS, ids=command_name)
 def test_a_test_set_without_a_readable_image(
-    evaluate: Train, common: list[Any], labelled: Path, command: list[str]
+    evaluate: Command, common: list[Any], labelled: Path, command: list[str]
 ) -> None:
     paths = [Path("bad") / f"class{i}" / f"{i}.jpg" for i in range(2)]
     for path in paths:
@@ -101,7 +103,7 @@ def test_a_test_set_without_a_readable_image(
     options = [*command, *common, "--test", "bad"]
     if command[0] == "semisup":
         options += ["--batch-size", "20"]
-    refused(evaluate(*options), "none of the 2 images", "0.jpg")
+    assert_refused(evaluate(*options), "none of the 2 images", "0.jpg")
     assert not [name for name in outputs() if name.endswith((".json", ".safetensors"))]
 
     # One readable image is enough, although uniformity needs a pair.
@@ -117,7 +119,7 @@ def test_a_test_set_without_a_readable_image(
     "command", [*EVALUATIONS, ["export"], ["svm"], ["predict"]], ids=command_name
 )
 def test_checkpoints_that_cannot_be_evaluated(
-    evaluate: Train, pretrained: Path, labelled: Path, command: list[str]
+    evaluate: Command, pretrained: Path, labelled: Path, command: list[str]
 ) -> None:
     images: list[object] = []
     if command in EVALUATIONS:
@@ -128,24 +130,26 @@ def test_checkpoints_that_cannot_be_evaluated(
     def run(checkpoint: str) -> tuple[int, str]:
         return evaluate(*command, *images, "--checkpoint", checkpoint, "--output", "out", *CPU)
 
-    refused(run("absent.pth"), "absent.pth", "--checkpoint")
+    assert_refused(run("absent.pth"), "absent.pth", "--checkpoint")
     Path("cut.pth").write_bytes((pretrained / "backbone.pth").read_bytes()[:-1000])
-    refused(run("cut.pth"), "cut.pth")
+    assert_refused(run("cut.pth"), "cut.pth")
     torch.save({"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)}, "vit.pth")
-    refused(run("vit.pth"), "vit.pth", "patch_embed")
+    assert_refused(run("vit.pth"), "vit.pth", "patch_embed")
     missing = torch.load(pretrained / "backbone.pth", weights_only=True)
     del missing["layer1.0.conv1.weight"]
     torch.save(missing, "missing.pth")
-    refused(run("missing.pth"), "missing.pth", "layer1.0.conv1.weight")
+    assert_refused(run("missing.pth"), "missing.pth", "layer1.0.conv1.weight")
     assert not outputs()
 
 
 @pytest.mark.parametrize("command", ["knn", "linear", "semisup", "svm", "predict", "export"])
-def test_without_a_demo_run_the_remedy_is_named(evaluate: Train, command: str) -> None:
-    refused(evaluate(command), "runs/demo", "train.py")
+def test_without_a_demo_run_the_remedy_is_named(evaluate: Command, command: str) -> None:
+    assert_refused(evaluate(command), "runs/demo", "train.py")
 
 
-def test_code_in_a_checkpoint_is_not_run(evaluate: Train, pretrained: Path, labelled: Path) -> None:
+def test_code_in_a_checkpoint_is_not_run(
+    evaluate: Command, pretrained: Path, labelled: Path
+) -> None:
     class Evil:
         def __reduce__(self) -> Any:
             return os.system, ("touch ran",)
@@ -158,27 +162,27 @@ def test_code_in_a_checkpoint_is_not_run(evaluate: Train, pretrained: Path, labe
     assert status == 0, text  # the weights beside it are good
 
 
-def test_a_checkpoint_that_is_a_pipe_is_not_waited_for(evaluate: Train) -> None:
+def test_a_checkpoint_that_is_a_pipe_is_not_waited_for(evaluate: Command) -> None:
     os.mkfifo("pipe.pth")
     result = evaluate("export", "--checkpoint", "pipe.pth", "--output", "out", *CPU)
-    refused(result, "pipe.pth is a directory, pipe or device")
+    assert_refused(result, "pipe.pth is a directory, pipe or device")
 
 
-def test_a_folder_without_a_checkpoint(evaluate: Train) -> None:
+def test_a_folder_without_a_checkpoint(evaluate: Command) -> None:
     Path("empty").mkdir()
     result = evaluate("export", "--checkpoint", "empty", "--output", "out", *CPU)
-    refused(result, "empty", "no checkpoint.pt", "name the file")
+    assert_refused(result, "empty", "no checkpoint.pt", "name the file")
 
 
-def test_weights_that_are_not_finite(evaluate: Train, pretrained: Path) -> None:
+def test_weights_that_are_not_finite(evaluate: Command, pretrained: Path) -> None:
     weights = torch.load(pretrained / "backbone.pth", weights_only=True)
     weights["conv1.weight"] /= 0
     torch.save(weights, "nan.pth")
     result = evaluate("export", "--checkpoint", "nan.pth", "--output", "out", *CPU)
-    refused(result, "nan.pth", "conv1.weight", "not finite")
+    assert_refused(result, "nan.pth", "conv1.weight", "not finite")
 
 
-def test_odd_metadata_of_weights_is_ignored(evaluate: Train, pretrained: Path) -> None:
+def test_odd_metadata_of_weights_is_ignored(evaluate: Command, pretrained: Path) -> None:
     weights = torch.load(pretrained / "backbone.pth", weights_only=True)
     metadata = {"twinfeed": json.dumps({"layout": ["x"], "classes": "abc"})}
     save_file(weights, "odd.safetensors", metadata)
@@ -186,7 +190,9 @@ def test_odd_metadata_of_weights_is_ignored(evaluate: Train, pretrained: Path) -
     assert evaluate("export", *options)[0] == 0
 
 
-def test_a_folder_of_a_model_hub_is_not_taken_for_a_run(evaluate: Train, pretrained: Path) -> None:
+def test_a_folder_of_a_model_hub_is_not_taken_for_a_run(
+    evaluate: Command, pretrained: Path
+) -> None:
     """It has a config.json too; results are not written beside its weights."""
     Path("hub").mkdir()
     Path("hub/config.json").write_text('{"architectures": ["ResNet"]}')
@@ -196,11 +202,11 @@ def test_a_folder_of_a_model_hub_is_not_taken_for_a_run(evaluate: Train, pretrai
 
 
 def test_pretraining_cannot_continue_from_a_backbone_alone(
-    train: Train, pretrained: Path, labelled: Path
+    train: Command, pretrained: Path, labelled: Path
 ) -> None:
     backbone = pretrained / "backbone.pth"
     result = train("--data", labelled, *TINY, "--continue-from", backbone)
-    refused(result, "backbone.pth", "projector")
+    assert_refused(result, "backbone.pth", "projector")
 
 
 # --- Options --------------------------------------------------------------------------------------
@@ -209,20 +215,20 @@ def test_pretraining_cannot_continue_from_a_backbone_alone(
 @pytest.mark.parametrize("output", ["file", "file/below"])
 @pytest.mark.parametrize("command", [*EVALUATIONS, ["export"]], ids=command_name)
 def test_an_output_that_is_not_a_folder_is_refused_before_the_work(
-    evaluate: Train, pretrained: Path, command: list[str], output: str
+    evaluate: Command, pretrained: Path, command: list[str], output: str
 ) -> None:
     Path("file").touch()
     # Images that do not exist would be the next error.
     images = [] if command == ["export"] else ["--train", "nowhere"]
     options = ["--checkpoint", pretrained, "--output", output, *CPU]
-    refused(evaluate(*command, *images, *options), "file", "--output")
+    assert_refused(evaluate(*command, *images, *options), "file", "--output")
 
 
 def test_several_processes_are_refused(
-    evaluate: Train, common: list[Any], monkeypatch: pytest.MonkeyPatch
+    evaluate: Command, common: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(evaluate("knn", *common), "without torchrun")
+    assert_refused(evaluate("knn", *common), "without torchrun")
 
 
 @pytest.mark.parametrize(
@@ -244,8 +250,10 @@ def test_several_processes_are_refused(
         ("knn --threads 0", "--threads is 0"),
     ],
 )
-def test_options_out_of_range(evaluate: Train, common: list[Any], command: str, words: str) -> None:
-    refused(evaluate(*command.split(), *common), words)
+def test_options_out_of_range(
+    evaluate: Command, common: list[Any], command: str, words: str
+) -> None:
+    assert_refused(evaluate(*command.split(), *common), words)
     assert not outputs()
 
 
@@ -253,8 +261,8 @@ def test_options_out_of_range(evaluate: Train, common: list[Any], command: str, 
     ("option", "words"), [("--voc07 nowhere", "nowhere"), ("--threads 0", "--threads is 0")]
 )
 def test_svm_options_out_of_range(
-    evaluate: Train, pretrained: Path, option: str, words: str
+    evaluate: Command, pretrained: Path, option: str, words: str
 ) -> None:
     result = evaluate("svm", "--checkpoint", pretrained, "--output", "out", *option.split(), *CPU)
-    refused(result, words)
+    assert_refused(result, words)
     assert not outputs()

@@ -14,13 +14,13 @@ from PIL import Image
 
 import model
 from evaluation import load_classifier
-from tests.helpers.runs import CPU, Train, refused
+from tests.helpers.runs import CPU, Command, assert_refused
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_predict_by_a_vote_with_neighbours(
-    evaluate: Train, pretrained: Path, labelled: Path
+    evaluate: Command, pretrained: Path, labelled: Path
 ) -> None:
     image = labelled / "train" / "class1" / "train_004.jpg"
     options = ["--checkpoint", pretrained, "--train", labelled, image, "--neighbours", *CPU]
@@ -38,7 +38,7 @@ def test_predict_by_a_vote_with_neighbours(
 
 
 def test_predict_prints_a_table(
-    evaluate: Train, pretrained: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+    evaluate: Command, pretrained: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")  # long paths would be folded
     image = labelled / "train" / "class1" / "train_004.jpg"
@@ -69,7 +69,7 @@ def test_predict_with_json_prints_nothing_else(
 
 
 def test_neighbours_need_a_bank_even_with_a_classifier(
-    evaluate: Train, pretrained: Path, labelled: Path
+    evaluate: Command, pretrained: Path, labelled: Path
 ) -> None:
     run = Path(shutil.copytree(pretrained, "run"))
     options = ["--train", labelled, "--epochs", "1", "--batch-size", "20", *CPU]
@@ -78,11 +78,11 @@ def test_neighbours_need_a_bank_even_with_a_classifier(
     image = labelled / "val" / "class2" / "val_002.jpg"
     assert evaluate("predict", *checkpoint, image, *CPU)[0] == 0
     result = evaluate("predict", *checkpoint, image, "--neighbours", *CPU)
-    refused(result, "error: name the images", "--train")
+    assert_refused(result, "error: name the images", "--train")
 
 
 def test_a_classifier_on_solo_learns_small_stem_keeps_its_padding(
-    evaluate: Train, labelled: Path
+    evaluate: Command, labelled: Path
 ) -> None:
     """solo-learn pads its small stem by 2 pixels, everybody else by 1.
 
@@ -126,27 +126,31 @@ def test_load_classifier_needs_a_classifier_or_a_bank(pretrained: Path) -> None:
 
 
 def test_an_image_that_cannot_be_read_is_refused(
-    evaluate: Train, pretrained: Path, labelled: Path
+    evaluate: Command, pretrained: Path, labelled: Path
 ) -> None:
     good = labelled / "val" / "class0" / "val_000.jpg"
     Path("bad.jpg").write_bytes(good.read_bytes()[:200])
     Path("text.txt").write_text("no image")
     options = ["--checkpoint", pretrained, "--train", labelled, *CPU]
     for name in ("bad.jpg", "text.txt", "absent.jpg", "."):
-        refused(evaluate("predict", *options, good, name), name)
+        assert_refused(evaluate("predict", *options, good, name), name)
 
 
 def test_missing_images_are_refused_before_the_bank_is_read(
-    evaluate: Train, pretrained: Path, labelled: Path
+    evaluate: Command, pretrained: Path, labelled: Path
 ) -> None:
     good = labelled / "val" / "class0" / "val_000.jpg"
     options = ["--checkpoint", pretrained, "--train", labelled, *CPU]
     result = evaluate("predict", *options, good, good.parent)
-    refused(result, "is not a file")
+    assert_refused(result, "is not a file")
     assert "features of" not in result[1]
 
 
-def test_predict_needs_images_and_labels(evaluate: Train, pretrained: Path, labelled: Path) -> None:
+def test_predict_needs_images_and_labels(
+    evaluate: Command, pretrained: Path, labelled: Path
+) -> None:
     image = labelled / "val" / "class0" / "val_000.jpg"
-    refused(evaluate("predict", "--checkpoint", pretrained, *CPU), "IMAGE")
-    refused(evaluate("predict", "--checkpoint", pretrained, image, *CPU), "--train", "linear")
+    assert_refused(evaluate("predict", "--checkpoint", pretrained, *CPU), "IMAGE")
+    assert_refused(
+        evaluate("predict", "--checkpoint", pretrained, image, *CPU), "--train", "linear"
+    )

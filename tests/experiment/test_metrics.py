@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from experiment.metrics import Metrics, read_metrics
-from tests.helpers.libraries import needed
+from tests.helpers.libraries import import_or_skip
 from tests.helpers.runs import TRAIN
 
 
@@ -23,7 +23,7 @@ class Events:
     """The events in a folder, as TensorBoard reads them."""
 
     def __init__(self, folder: Path) -> None:
-        accumulator = needed("tensorboard.backend.event_processing.event_accumulator")
+        accumulator = import_or_skip("tensorboard.backend.event_processing.event_accumulator")
         self.accumulator = accumulator.EventAccumulator(str(folder)).Reload()
 
     def __getitem__(self, tag: str) -> list[tuple[int, float]]:
@@ -104,7 +104,7 @@ def test_without_tensorboard_only_the_file_is_written(
 
 
 def test_writing_events_imports_neither_torch_nor_tensorflow(tmp_path: Path) -> None:
-    needed("tensorboard")
+    import_or_skip("tensorboard")
     code = (
         "import pathlib, sys\n"
         "from experiment.metrics import Metrics\n"

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 
-def needed(module: str) -> Any:
-    """That module, or a skipped test where it is missing; a failed one where everything has to be installed."""
+def import_or_skip(module: str) -> Any:
+    """Import a module; skip the test if that fails.
+
+    With TWINFEED_CI set, everything has to be installed, and the test fails instead.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it thinks of the libraries that it imports
+            warnings.simplefilter("ignore")  # of the libraries that it imports
             return importlib.import_module(module)
     except ImportError as error:
         if os.environ.get("TWINFEED_CI"):

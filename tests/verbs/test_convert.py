@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import FORMATS, open_store
 from tests.helpers.images import encoded, picture, write_photos
-from tests.helpers.runs import TINY, Train, refused, summary_of
+from tests.helpers.runs import TINY, Command, assert_refused, read_summary
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {"beton": "x.beton", "webdataset": "x", "tfrecord": "x"}
@@ -33,7 +33,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_folder_becomes_data_that_train(
-    convert: Train, train: Train, photos: Path, tmp_path: Path, format: str
+    convert: Command, train: Command, photos: Path, tmp_path: Path, format: str
 ) -> None:
     target = tmp_path / TARGETS[format]
     status, text = convert(photos, target, *([] if format == "beton" else ["--format", format]))
@@ -44,11 +44,11 @@ def test_a_folder_becomes_data_that_train(
     status, text = train("--data", target, "--epochs", "1", *TINY, "--run", tmp_path / "run")
     assert status == 0, text
     assert "54 images, 6 steps" in text  # a tenth is held out
-    assert summary_of(tmp_path / "run")["knn_top1_trained"] is not None
+    assert read_summary(tmp_path / "run")["knn_top1_trained"] is not None
 
 
 def test_all_formats_train_alike(
-    convert: Train, train: Train, photos: Path, tmp_path: Path
+    convert: Command, train: Command, photos: Path, tmp_path: Path
 ) -> None:
     """The same order, labels and views from each: the same losses to the bit."""
     losses = []
@@ -66,7 +66,7 @@ def test_all_formats_train_alike(
 
 
 def test_train_and_val_betons_in_one_folder(
-    convert: Train, train: Train, photos: Path, tmp_path: Path
+    convert: Command, train: Command, photos: Path, tmp_path: Path
 ) -> None:
     for split in ("train", "val"):
         assert convert(photos, tmp_path / "data" / f"{split}.beton")[0] == 0
@@ -75,10 +75,10 @@ def test_train_and_val_betons_in_one_folder(
     )
     assert status == 0, text
     assert "60 images, 7 steps" in text
-    assert summary_of(tmp_path / "run")["knn_top1_trained"] is not None
+    assert read_summary(tmp_path / "run")["knn_top1_trained"] is not None
 
 
-def test_what_was_done_and_left_out_is_said(convert: Train, tmp_path: Path) -> None:
+def test_what_was_done_and_left_out_is_said(convert: Command, tmp_path: Path) -> None:
     source = write_photos(tmp_path / "source", 10, classes=1)
     (source / "class0" / "bad\n.jpg").write_bytes(b"no image")
     (source / "class0" / "a.png").write_bytes(encoded(picture(30, 20), "PNG"))
@@ -100,20 +100,22 @@ def test_what_was_done_and_left_out_is_said(convert: Train, tmp_path: Path) -> N
     assert "nothing to do" in text
 
 
-def test_odd_names_are_quoted_and_spelled_out(convert: Train, photos: Path, tmp_path: Path) -> None:
+def test_odd_names_are_quoted_and_spelled_out(
+    convert: Command, photos: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "my \x1b[31m.beton"
     text = convert(photos, target)[1] + convert("verify", target)[1]
     spelled = f"{tmp_path}/my \\x1b[31m.beton"
     assert f"uv run train.py --data '{spelled}'\n" in text
     assert f"{spelled} is as it was written" in text
-    refused(convert("verify", target, "--threads", "-3"), "-3 threads: at least 1")
+    assert_refused(convert("verify", target, "--threads", "-3"), "-3 threads: at least 1")
     target.write_bytes(b"")
     status, text = convert("verify", target)
     assert status == 1
     assert "\x1b" not in text
 
 
-def test_verify_says_whether_all_is_well(convert: Train, photos: Path, tmp_path: Path) -> None:
+def test_verify_says_whether_all_is_well(convert: Command, photos: Path, tmp_path: Path) -> None:
     target = tmp_path / "x"
     assert convert(photos, target, "--format", "webdataset", "--shards", "2")[0] == 0
     status, text = convert("verify", target, "--against", photos)
@@ -129,23 +131,27 @@ def test_verify_says_whether_all_is_well(convert: Train, photos: Path, tmp_path:
     assert text.splitlines()[-1] == f"{target}: 1 problem"
 
 
-def test_wrong_wishes_are_one_line(convert: Train, photos: Path, tmp_path: Path) -> None:
-    refused(convert(tmp_path / "nothing", tmp_path / "x.beton"), "nothing", "not there")
-    refused(
+def test_wrong_wishes_are_one_line(convert: Command, photos: Path, tmp_path: Path) -> None:
+    assert_refused(convert(tmp_path / "nothing", tmp_path / "x.beton"), "nothing", "not there")
+    assert_refused(
         convert(photos, tmp_path / "x"), "does not say which format", "beton, webdataset, tfrecord"
     )
-    refused(convert(photos, tmp_path / "x.beton", "--quality", "101"), "101", "at most 100")
-    refused(convert(photos, tmp_path / "x.beton", "--threads", "-3"), "threads: -3", "at least 1")
-    refused(convert("verify", photos), "holds none of beton, webdataset, tfrecord")
+    assert_refused(convert(photos, tmp_path / "x.beton", "--quality", "101"), "101", "at most 100")
+    assert_refused(
+        convert(photos, tmp_path / "x.beton", "--threads", "-3"), "threads: -3", "at least 1"
+    )
+    assert_refused(convert("verify", photos), "holds none of beton, webdataset, tfrecord")
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "val").mkdir()
-    refused(
+    assert_refused(
         convert(tmp_path / "data", tmp_path / "x.beton"),
         "train/ and val/",
         "convert each by itself",
     )
     (tmp_path / "x.beton").write_bytes(b"precious")
-    refused(convert(photos, tmp_path / "x.beton"), "is there already", "move it, or name another")
+    assert_refused(
+        convert(photos, tmp_path / "x.beton"), "is there already", "move it, or name another"
+    )
     assert (tmp_path / "x.beton").read_bytes() == b"precious"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("x.beton.")]
 
@@ -240,9 +246,9 @@ def test_a_dask_cluster_writes_the_same_bytes(
 
 
 def test_a_cluster_that_is_not_there_is_one_line(
-    convert: Train, photos: Path, tmp_path: Path
+    convert: Command, photos: Path, tmp_path: Path
 ) -> None:
-    refused(
+    assert_refused(
         convert(photos, tmp_path / "x", "--format", "tfrecord", "--scheduler", "tcp://127.0.0.1:9"),
         "127.0.0.1:9",
     )

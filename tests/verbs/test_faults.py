@@ -29,7 +29,16 @@ from pipeline.decoders import cpu as decoder_module
 from pipeline.machine import single_threaded_workers
 from pipeline.stores import folder as folder_module
 from tests.helpers.images import write_photos
-from tests.helpers.runs import TINY, TRAIN, Train, at_step, ctrl_c, refused, same_weights, steps_of
+from tests.helpers.runs import (
+    TINY,
+    TRAIN,
+    Command,
+    assert_refused,
+    at_step,
+    ctrl_c,
+    logged_steps,
+    same_weights,
+)
 
 OPTIONS = [
     *TINY,
@@ -132,7 +141,10 @@ BUG = RuntimeError("what nobody thought of")
 HOST = RuntimeError(
     "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"
 )
-DECODE, FUSED = (decoder_module, "crop_and_resize"), (distort_cpu, "distort_view")  # called in their threads
+DECODE, FUSED = (
+    (decoder_module, "crop_and_resize"),
+    (distort_cpu, "distort_view"),
+)  # called in their threads
 FORWARD, BACKWARD, SCHEDULE = (
     (model.BarlowTwins, "forward"),
     (torch.Tensor, "backward"),
@@ -176,22 +188,22 @@ FAULTS: dict[
 
 def interrupted(result: tuple[int, str], run: Path, *words: str) -> int:
     """One clear error, which names the last completed step, and that step saved: the step."""
-    refused(result, *words, "--resume", str(run / "checkpoint.pt"))
+    assert_refused(result, *words, "--resume", str(run / "checkpoint.pt"))
     (step,) = re.findall(r"ended after step (\d+), which is saved in", result[1])
     assert saved_step(run) == int(step)
     return int(step)
 
 
-def assert_the_rest_is_as_ever(train: Train, photos: Path, run: Path, whole: Path) -> None:
+def assert_the_rest_is_as_ever(train: Command, photos: Path, run: Path, whole: Path) -> None:
     status, text = train("--data", photos, *OPTIONS, "--run", run, "--resume")
     assert status == 0, text
     assert same_weights(run, whole)
-    assert steps_of(run) == steps_of(whole)
+    assert logged_steps(run) == logged_steps(whole)
 
 
 @pytest.mark.parametrize("kind", list(FAULTS))
 def test_a_fault_saves_the_last_step_and_the_resumed_run_ends_to_the_same_bits(
-    train: Train,
+    train: Command,
     photos: Path,
     whole: Path,
     tmp_path: Path,
@@ -217,7 +229,7 @@ def test_a_fault_saves_the_last_step_and_the_resumed_run_ends_to_the_same_bits(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_loader_whose_thread_is_gone_without_a_word_does_not_hang(
-    train: Train, photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "view_grid", lambda *_: None)
@@ -228,7 +240,7 @@ def test_a_loader_whose_thread_is_gone_without_a_word_does_not_hang(
 
 
 def test_data_that_vanish_are_named_and_can_be_brought_back(
-    train: Train, photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     at_step(monkeypatch, AT, lambda: photos.rename(elsewhere))
@@ -240,7 +252,9 @@ def test_data_that_vanish_are_named_and_can_be_brought_back(
     )
     assert "replaced" not in result[1], "the images are not bad"
     before = (run / "checkpoint.pt").read_bytes()
-    refused(train("--data", photos, *OPTIONS, "--run", run, "--resume"), str(photos), "not there")
+    assert_refused(
+        train("--data", photos, *OPTIONS, "--run", run, "--resume"), str(photos), "not there"
+    )
     assert (run / "checkpoint.pt").read_bytes() == before
     elsewhere.rename(photos)
     assert_the_rest_is_as_ever(train, photos, run, whole)
@@ -281,7 +295,7 @@ def test_a_real_process_whose_data_vanish_ends_with_one_line(photos: Path, tmp_p
 
 
 def test_a_second_fault_costs_no_more_than_the_first(
-    train: Train, photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     for call, resume, step in ((4, [], 3), (1, ["--resume"], 3), (2, ["--resume"], 4)):
@@ -312,7 +326,7 @@ def half_a_step(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
 
 @pytest.mark.parametrize("minutes", ["0", "60"])
 def test_a_fault_in_the_middle_of_the_update_leaves_the_checkpoint_before(
-    train: Train,
+    train: Command,
     photos: Path,
     whole: Path,
     tmp_path: Path,
@@ -327,7 +341,7 @@ def test_a_fault_in_the_middle_of_the_update_leaves_the_checkpoint_before(
         half_a_step(patch, 5)
         result = train(*options, "--checkpoint-minutes", minutes, "--resume")
     kept = 7 if minutes == "0" else 3
-    refused(
+    assert_refused(
         result,
         "after step 7, in the middle of the next update",
         f"step {kept} is saved",
@@ -338,21 +352,21 @@ def test_a_fault_in_the_middle_of_the_update_leaves_the_checkpoint_before(
 
 
 def test_what_has_saved_nothing_says_so(
-    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once(monkeypatch, *FORWARD, 1, NO_MEMORY, after=True)
     result = train("--data", photos, *OPTIONS, "--run", tmp_path / "run")
-    refused(result, "smaller --batch-size", "after step 0: nothing is saved")
+    assert_refused(result, "smaller --batch-size", "after step 0: nothing is saved")
     assert "--resume" not in result[1]
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def test_a_dry_run_that_runs_out_of_memory_leaves_nothing_and_promises_nothing(
-    train: Train, photos: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once(monkeypatch, *FORWARD, 2, NO_MEMORY, after=True)
     result = train("--data", photos, *OPTIONS, "--dry-run")
-    refused(result, "smaller --batch-size")
+    assert_refused(result, "smaller --batch-size")
     assert "saved" not in result[1]
     assert list(Path.cwd().iterdir()) == []
 
@@ -379,7 +393,7 @@ def test_a_device_that_is_lost_keeps_the_step_from_being_saved(tmp_path: Path) -
 
 
 def test_a_run_that_diverges_is_not_told_to_go_on(
-    train: Train, photos: Path, tmp_path: Path
+    train: Command, photos: Path, tmp_path: Path
 ) -> None:
     options = (
         "--lr",
@@ -392,19 +406,19 @@ def test_a_run_that_diverges_is_not_told_to_go_on(
         "0",
     )
     result = train("--data", photos, *OPTIONS, *options, "--run", tmp_path / "run")
-    refused(result, "the loss is", "lower --lr")
+    assert_refused(result, "the loss is", "lower --lr")
     assert "--resume" not in result[1]
 
 
 def test_weights_of_a_loss_that_is_no_number_are_not_saved(
-    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, options = (
         tmp_path / "run",
         ("--lr", "1e30", "--lr-biases", "1e30", "--log-steps", "100", "--warmup-epochs", "0"),
     )
     once(monkeypatch, *BACKWARD, 5, NO_MEMORY, after=False)
-    refused(
+    assert_refused(
         train("--data", photos, *OPTIONS, *options, "--run", run),
         "after step 4",
         "nan",
@@ -423,7 +437,7 @@ def no_room(size: int) -> Iterator[Callable[[], None]]:
 
 @pytest.mark.parametrize("log_steps", ["1", "100"], ids=["in the metrics", "in the checkpoint"])
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
-    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_steps: str
+    train: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_steps: str
 ) -> None:
     run = tmp_path / "run"
     options = (
@@ -442,18 +456,20 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
         result = train(*options)
     kept = saved_step(run)
     assert kept in (AT - 1, AT), "it may still be being written when the disk is full"
-    refused(result, "too large", ", which cannot be saved", f"step {kept} is saved", "--resume")
+    assert_refused(
+        result, "too large", ", which cannot be saved", f"step {kept} is saved", "--resume"
+    )
     assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
     status, text = train(*options, "--resume")
     assert status == 0, text
-    assert steps_of(run) == (list(range(20)) if log_steps == "1" else [0, 19])
+    assert logged_steps(run) == (list(range(20)) if log_steps == "1" else [0, 19])
 
 
 # ── mistakes of ours ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_traceback_of_a_mistake_is_there_for_the_asking(
-    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     monkeypatch.setattr(pipeline, "view_grid", lambda *_: None)
@@ -469,15 +485,15 @@ def test_the_traceback_of_a_mistake_is_there_for_the_asking(
 
 
 def test_a_mistake_outside_the_loop_is_one_line_too(
-    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once(monkeypatch, model, "export_backbone", 1, BUG, after=False)
     result = train("--data", photos, *OPTIONS, "--run", tmp_path / "run", "--epochs", "1")
-    refused(result, "RuntimeError: what nobody thought of", "TWINFEED_TRACEBACK=1")
+    assert_refused(result, "RuntimeError: what nobody thought of", "TWINFEED_TRACEBACK=1")
 
 
 def test_images_that_turn_bad_while_others_are_reported_are_no_fault(
-    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the loader's thread finds one while the loop puts the names of the others together."""
     for path in sorted(photos.rglob("*.jpg"))[:3]:

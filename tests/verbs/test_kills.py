@@ -17,7 +17,7 @@ import model
 from experiment.metrics import read_metrics
 from tests.helpers.fork_server import ForkServer, Run, fork_server
 from tests.helpers.images import write_photos
-from tests.helpers.runs import TINY, same_weights, summary_of
+from tests.helpers.runs import TINY, read_summary, same_weights
 
 # Ten steps, each of which is saved.
 OPTIONS = [
@@ -106,7 +106,7 @@ def check_same(run: Path, whole: Path) -> None:
     for path in [whole / "backbone.safetensors", *(whole / "correlation").iterdir()]:
         assert (run / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
     for name in ("steps", "loss_first", "loss_last"):
-        assert summary_of(run)[name] == summary_of(whole)[name]
+        assert read_summary(run)[name] == read_summary(whole)[name]
 
 
 def check_kills(start: ForkServer, whole: Path, kills: int, slow_disk_s: float = 0) -> None:

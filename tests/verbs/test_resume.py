@@ -22,13 +22,13 @@ from tests.helpers.images import write_photos
 from tests.helpers.runs import (
     SUMMARY,
     TINY,
-    Train,
+    Command,
+    assert_refused,
     at_step,
     ctrl_c,
-    refused,
+    logged_steps,
+    read_summary,
     same_weights,
-    steps_of,
-    summary_of,
     weights_of,
 )
 
@@ -45,7 +45,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def whole(train: Train, damaged: Path, tmp_path: Path) -> Path:
+def whole(train: Command, damaged: Path, tmp_path: Path) -> Path:
     """A run that nothing interrupted."""
     status, text = train("--data", damaged, *TINY, *LONG, "--run", tmp_path / "whole")
     assert status == 0, text
@@ -53,7 +53,7 @@ def whole(train: Train, damaged: Path, tmp_path: Path) -> Path:
 
 
 def test_ctrl_c_saves_and_a_resumed_run_ends_to_the_bit_where_it_would_have(
-    train: Train, damaged: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, damaged: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped twice between two lines of metrics.jsonl, with lines in it that are later than the checkpoint."""
     run, later = tmp_path / "run", [*LONG, "--checkpoint-minutes", "60"]
@@ -75,14 +75,14 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_to_the_bit_where_it_would_have(
     assert status == 0, text
     assert "resumed after step 14" in text
     assert same_weights(run, whole)
-    assert steps_of(run) == steps_of(whole) == [0, 3, 6, 9, 12, 15, 18, 19]
+    assert logged_steps(run) == logged_steps(whole) == [0, 3, 6, 9, 12, 15, 18, 19]
     losses = [
         [json.loads(x)["loss"] for x in (r / "metrics.jsonl").read_text().splitlines()]
         for r in (run, whole)
     ]
     assert losses[0] == losses[1]
-    assert [summary_of(run)[name] for name in ("loss_first", "loss_last", "steps")] == [
-        summary_of(whole)[name] for name in ("loss_first", "loss_last", "steps")
+    assert [read_summary(run)[name] for name in ("loss_first", "loss_last", "steps")] == [
+        read_summary(whole)[name] for name in ("loss_first", "loss_last", "steps")
     ]
     before = weights_of(run)
     status, text = train("--data", damaged, *TINY, *later, "--run", run, "--resume")
@@ -90,14 +90,14 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_to_the_bit_where_it_would_have(
     assert all(torch.equal(value, before[name]) for name, value in weights_of(run).items()), (
         "it was finished"
     )
-    assert list(summary_of(run)) == SUMMARY
-    assert summary_of(run)["loss_last"] == losses[1][-1]
+    assert list(read_summary(run)) == SUMMARY
+    assert read_summary(run)["loss_last"] == losses[1][-1]
 
 
 def test_a_run_in_blocks_goes_on_in_its_blocks(
-    train: Train, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--data", flat, *TINY, "--epochs", "2", "--lr", "6", "--log-steps", "1"]
+    options = ["--data", unlabelled, *TINY, "--epochs", "2", "--lr", "6", "--log-steps", "1"]
     blocks = [*options, "--shuffle-block", "1"]
     for run, these in (("plain", options), ("whole", blocks)):
         status, text = train(*these, "--run", tmp_path / run)
@@ -106,28 +106,30 @@ def test_a_run_in_blocks_goes_on_in_its_blocks(
     at_step(monkeypatch, 6, ctrl_c)
     assert train(*blocks, "--run", tmp_path / "run")[0] == 130
     for other in (options, [*options, "--shuffle-block", "2"]):
-        refused(train(*other, "--run", tmp_path / "run", "--resume"), "shuffle_block: 1 saved")
+        assert_refused(
+            train(*other, "--run", tmp_path / "run", "--resume"), "shuffle_block: 1 saved"
+        )
     status, text = train(*blocks, "--run", tmp_path / "run", "--resume")
     assert status == 0, text
     assert same_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def test_ctrl_c_outside_the_loop_ends_quietly(
-    train: Train, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "open_store", lambda *_: ctrl_c())
-    assert train("--data", flat, *TINY, "--run", tmp_path / "run")[0] == 130
+    assert train("--data", unlabelled, *TINY, "--run", tmp_path / "run")[0] == 130
     assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
 def stopped(
-    train: Train, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[object]:
     """The options of a run that was stopped after three of its ten steps, in tmp_path / "run"."""
     options = [
         "--data",
-        flat,
+        unlabelled,
         *TINY,
         "--epochs",
         "2",
@@ -160,13 +162,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(
-    train: Train, stopped: list[object], tmp_path: Path
+    train: Command, stopped: list[object], tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     before = checkpoint.read_bytes()
     with files_of_at_most(len(before) // 2):
         result = train(*stopped, "--resume")
-    refused(result, "checkpoint.pt", "File too large")
+    assert_refused(result, "checkpoint.pt", "File too large")
     assert checkpoint.read_bytes() == before
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
     status, text = train(*stopped, "--resume")
@@ -187,11 +189,11 @@ def test_a_full_disk_leaves_the_metrics_of_before(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_by_name(
-    train: Train, stopped: list[object], tmp_path: Path
+    train: Command, stopped: list[object], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     before = contents(run)
-    refused(
+    assert_refused(
         train(*stopped, "--resume", "--lr", "0.123", "--size", "20"),
         "lr: 0.6",
         "0.123",
@@ -199,8 +201,8 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(
         "20 now",
     )
     other = write_photos(tmp_path / "other", 48, classes=1)
-    refused(train(*stopped, "--resume", "--data", other), "images: 40", "48 now")
-    refused(train(*stopped, "--resume", "--width", "16"), "width: 8", "16 now")
+    assert_refused(train(*stopped, "--resume", "--data", other), "images: 40", "48 now")
+    assert_refused(train(*stopped, "--resume", "--width", "16"), "width: 8", "16 now")
     assert contents(run) == before
     shutil.move(run, tmp_path / "moved")
     status, text = train(
@@ -210,7 +212,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(
 
 
 def test_a_corrupt_checkpoint_is_refused_and_left_alone(
-    train: Train, stopped: list[object], tmp_path: Path
+    train: Command, stopped: list[object], tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     good = checkpoint.read_bytes()
@@ -225,7 +227,7 @@ def test_a_corrupt_checkpoint_is_refused_and_left_alone(
     ):
         checkpoint.write_bytes(data)
         before = contents(tmp_path / "run")
-        refused(train(*stopped, "--resume"), str(checkpoint), "damaged")
+        assert_refused(train(*stopped, "--resume"), str(checkpoint), "damaged")
         assert contents(tmp_path / "run") == before
     model.save_checkpoint(checkpoint, {"epoch": 3, "model": {}})
-    refused(train(*stopped, "--resume"), str(checkpoint))
+    assert_refused(train(*stopped, "--resume"), str(checkpoint))

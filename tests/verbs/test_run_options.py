@@ -11,9 +11,17 @@ import torch
 
 import model
 from experiment.metrics import read_metrics
-from tests.helpers.runs import TINY, Train, at_step, ctrl_c, refused, same_weights, steps_of
+from tests.helpers.runs import (
+    TINY,
+    Command,
+    assert_refused,
+    at_step,
+    ctrl_c,
+    logged_steps,
+    same_weights,
+)
 
-OPTIONS = [*TINY, "--epochs", "2", "--lr", "6", "--log-steps", "1"]  # 10 steps of `flat`
+OPTIONS = [*TINY, "--epochs", "2", "--lr", "6", "--log-steps", "1"]  # 10 steps of `unlabelled`
 
 
 @pytest.fixture
@@ -25,7 +33,7 @@ def usual_arithmetic() -> Iterator[None]:
 
 @pytest.mark.usefixtures("usual_arithmetic")
 def test_options_that_are_about_how_it_runs_leave_every_bit_of_what_is_learned(
-    train: Train, photos: Path, tmp_path: Path
+    train: Command, photos: Path, tmp_path: Path
 ) -> None:
     """Labelled images, for --eval-epochs: of sixty, six are held out, which leaves six steps an epoch."""
     runs: dict[str, list[str]] = {
@@ -53,10 +61,10 @@ def test_options_that_are_about_how_it_runs_leave_every_bit_of_what_is_learned(
 
 @pytest.fixture
 def stopped(
-    train: Train, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[object]:
     """The options of a run that was stopped after four of its ten steps, in tmp_path / "run"."""
-    options = ["--data", flat, *OPTIONS, "--run", tmp_path / "run"]
+    options = ["--data", unlabelled, *OPTIONS, "--run", tmp_path / "run"]
     with monkeypatch.context() as patch:
         at_step(patch, 3, ctrl_c)
         assert train(*options)[0] == 130
@@ -64,12 +72,12 @@ def stopped(
 
 
 def test_changes_are_refused_until_they_are_accepted_and_then_said(
-    train: Train, stopped: list[object], tmp_path: Path
+    train: Command, stopped: list[object], tmp_path: Path
 ) -> None:
     run, changed = tmp_path / "run", [*stopped, "--resume", "--lr", "3", "--epochs", "3"]
     before = (run / "checkpoint.pt").read_bytes()
-    refused(train(*changed), "epochs: 2", "3 now", "lr: 6.0", "3.0 now", "--accept-changes")
-    refused(
+    assert_refused(train(*changed), "epochs: 2", "3 now", "lr: 6.0", "3.0 now", "--accept-changes")
+    assert_refused(
         train(*changed, "--accept-changes", "--width", "16"),
         "checkpoint.pt does not fit this configuration",
     )
@@ -79,7 +87,7 @@ def test_changes_are_refused_until_they_are_accepted_and_then_said(
     assert text.count("from here on, ") == 2
     assert "from here on, lr: 6.0" in text
     assert "from here on, epochs: 2" in text
-    assert steps_of(run) == list(range(15))
+    assert logged_steps(run) == list(range(15))
     rates = [line["lr"] for line in read_metrics(run / "metrics.jsonl")]
     assert rates[4] == pytest.approx(rates[3] / 3 * 4 / 2), "of the same warm-up, to half the peak"
     status, text = train(*changed)
@@ -87,13 +95,13 @@ def test_changes_are_refused_until_they_are_accepted_and_then_said(
 
 
 def test_resume_if_saved_begins_where_nothing_is_saved_and_goes_on_where_something_is(
-    train: Train, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, options = (
         tmp_path / "run",
-        ["--data", flat, *OPTIONS, "--run", tmp_path / "run", "--resume-if-saved"],
+        ["--data", unlabelled, *OPTIONS, "--run", tmp_path / "run", "--resume-if-saved"],
     )
-    status, text = train("--data", flat, *OPTIONS, "--run", tmp_path / "whole")
+    status, text = train("--data", unlabelled, *OPTIONS, "--run", tmp_path / "whole")
     assert status == 0, text
     run.mkdir()
     (run / "config.json").write_text("{}")  # it was killed before its first save
@@ -109,9 +117,9 @@ def test_resume_if_saved_begins_where_nothing_is_saved_and_goes_on_where_somethi
         assert f"resumed after step {8 if damage else 4}" in text
     assert status == 0, text
     assert same_weights(run, tmp_path / "whole")
-    assert steps_of(run) == list(range(10))
-    refused(
-        train("--data", flat, *OPTIONS, "--run", tmp_path / "new", "--resume"),
+    assert logged_steps(run) == list(range(10))
+    assert_refused(
+        train("--data", unlabelled, *OPTIONS, "--run", tmp_path / "new", "--resume"),
         "nothing to resume from",
     )
 
@@ -129,11 +137,11 @@ def test_resume_if_saved_begins_where_nothing_is_saved_and_goes_on_where_somethi
     ],
 )
 def test_the_last_checkpoints_and_the_milestones_are_left(
-    train: Train, flat: Path, tmp_path: Path, options: tuple[str, ...], left: list[int]
+    train: Command, unlabelled: Path, tmp_path: Path, options: tuple[str, ...], left: list[int]
 ) -> None:
     status, text = train(
         "--data",
-        flat,
+        unlabelled,
         *OPTIONS,
         "--checkpoint-minutes",
         "0",
@@ -155,9 +163,9 @@ def test_the_last_checkpoints_and_the_milestones_are_left(
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
-    train: Train, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--data", flat, *OPTIONS, "--checkpoint-minutes", "0", "--run"]
+    options = ["--data", unlabelled, *OPTIONS, "--checkpoint-minutes", "0", "--run"]
     status, text = train(*options, tmp_path / "whole")
     assert status == 0, text
     at_step(monkeypatch, 6, ctrl_c)
@@ -172,6 +180,6 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     assert f"{tmp_path}/run/checkpoint-00000006.pt (step 6) is used instead" in text
     assert "resumed after step 6" in text
     assert same_weights(tmp_path / "run", tmp_path / "whole")
-    assert steps_of(tmp_path / "run") == list(range(10))
+    assert logged_steps(tmp_path / "run") == list(range(10))
     files = [{path.name for path in (tmp_path / run).glob("*.pt")} for run in ("run", "whole")]
     assert files[0] == files[1]

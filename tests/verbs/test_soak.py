@@ -13,7 +13,7 @@ import pytest
 import model
 from pipeline import FOR_ANY_STORE, LoaderOptions, barlow_twins, open_loader, open_store
 from tests.helpers.images import write_photos
-from tests.helpers.runs import TINY, Train, at_step, ctrl_c, summary_of
+from tests.helpers.runs import TINY, Command, at_step, ctrl_c, read_summary
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ def test_thousands_of_steps_of_a_loader_leave_nothing_behind(tmp_path: Path, dec
 
 
 def test_hundreds_of_steps_of_a_run_need_no_more_memory_than_the_first(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readings: list[float] = []
     before, schedule = held(), model.learning_rate_factor
@@ -105,7 +105,7 @@ def test_hundreds_of_steps_of_a_run_need_no_more_memory_than_the_first(
             "--data", write_photos(tmp_path / "photos", 40, classes=1), *TINY, *options, *resumed
         )
         assert status == expected, text
-    assert summary_of(Path("runs/demo"))["steps"] == 600
+    assert read_summary(Path("runs/demo"))["steps"] == 600
     assert len(readings) == 6
     assert flat(readings)
     after = held()

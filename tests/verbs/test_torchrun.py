@@ -22,7 +22,7 @@ from experiment.metrics import read_metrics
 from experiment.presets import parse
 from experiment.run_folder import PREEMPTED
 from tests.helpers.images import write_photos
-from tests.helpers.runs import TINY, TRAIN, Train, at_step, ctrl_c, steps_of, summary_of
+from tests.helpers.runs import TINY, TRAIN, Command, at_step, ctrl_c, logged_steps, read_summary
 
 OPTIONS = [*TINY, "--epochs", "4", "--lr", "6", "--threads", "1", "--log-steps", "1"]  # 20 steps
 AT = 7
@@ -105,10 +105,12 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl")}
 
 
-def planned(flat: Path) -> list[list[int]]:
+def planned(unlabelled: Path) -> list[list[int]]:
     """The samples of each step."""
     loader = pipeline.open_loader(
-        pipeline.open_store(flat), pipeline.barlow_twins(16), pipeline.LoaderOptions(batch_size=8)
+        pipeline.open_store(unlabelled),
+        pipeline.barlow_twins(16),
+        pipeline.LoaderOptions(batch_size=8),
     )
     return [sorted(step.samples.tolist()) for step in loader.plan(0, 4 * len(loader))]
 
@@ -123,15 +125,15 @@ def seen(folder: Path) -> list[list[int]]:
 
 
 @pytest.fixture
-def whole(train: Train, flat: Path, tmp_path: Path) -> Path:
+def whole(train: Command, unlabelled: Path, tmp_path: Path) -> Path:
     """A run of one process that nothing interrupted."""
-    status, text = train("--data", flat, *OPTIONS, "--run", tmp_path / "whole")
+    status, text = train("--data", unlabelled, *OPTIONS, "--run", tmp_path / "whole")
     assert status == 0, text
     return tmp_path / "whole"
 
 
 def test_two_ranks_are_one_run_stopped_by_sigterm_and_resumed_on_one(
-    torchrun: Torchrun, train: Train, flat: Path, whole: Path, tmp_path: Path
+    torchrun: Torchrun, train: Command, unlabelled: Path, whole: Path, tmp_path: Path
 ) -> None:
     """The second sees other images in its folder: what there is and how many steps that makes, the first one says."""
     other = write_photos(tmp_path / "other", 48, classes=1)
@@ -141,7 +143,10 @@ if rank == "1":
 else:  # to torchrun; and slow enough for it
     at_step({AT}, lambda: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(2)))
 """
-    run, options = tmp_path / "run", ("--data", flat, *OPTIONS, "--run-folder", tmp_path / "run")
+    run, options = (
+        tmp_path / "run",
+        ("--data", unlabelled, *OPTIONS, "--run-folder", tmp_path / "run"),
+    )
     status, text = torchrun(*options, hook=hook)
     assert status != 0, text
     assert not errors(text) + tracebacks(text), text
@@ -152,27 +157,30 @@ else:  # to torchrun; and slow enough for it
     assert not (run / "summary.json").exists()
     assert losses(run)[0] == pytest.approx(losses(whole)[0], rel=1e-5)
     assert losses(run)[3] == pytest.approx(losses(whole)[3], rel=1e-3)
-    assert seen(tmp_path / "torchrun")[:step] == planned(flat)[:step]
+    assert seen(tmp_path / "torchrun")[:step] == planned(unlabelled)[:step]
 
     status, text = train(*options, "--resume")
     assert status == 0, text
     assert f"resumed after step {step}" in text
     assert not (run / "preempted").exists()
-    assert steps_of(run) == list(range(20))
+    assert logged_steps(run) == list(range(20))
     assert losses(run)[step] == pytest.approx(losses(whole)[step], rel=1e-3)
-    assert summary_of(run)["steps"] == 20
+    assert read_summary(run)["steps"] == 20
 
 
 @pytest.mark.slow
 def test_a_run_of_one_process_goes_on_on_two_ranks(
     torchrun: Torchrun,
-    train: Train,
-    flat: Path,
+    train: Command,
+    unlabelled: Path,
     whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run, options = tmp_path / "run", ("--data", flat, *OPTIONS, "--run-folder", tmp_path / "run")
+    run, options = (
+        tmp_path / "run",
+        ("--data", unlabelled, *OPTIONS, "--run-folder", tmp_path / "run"),
+    )
     at_step(monkeypatch, AT, ctrl_c)
     assert train(*options)[0] == 130
     status, text = torchrun(*options, "--resume-if-saved", hook=RECORD)
@@ -180,14 +188,14 @@ def test_a_run_of_one_process_goes_on_on_two_ranks(
     assert not errors(text) + tracebacks(text), text
     for said in (f"resumed after step {AT + 1}", "loss_last"):
         assert text.count(said) == 1, "one rank speaks"
-    assert seen(tmp_path / "torchrun") == planned(flat)[AT + 1 :]
-    assert steps_of(run) == list(range(20)), "one rank writes"
+    assert seen(tmp_path / "torchrun") == planned(unlabelled)[AT + 1 :]
+    assert logged_steps(run) == list(range(20)), "one rank writes"
     assert losses(run)[AT + 1] == pytest.approx(losses(whole)[AT + 1], rel=1e-3)
     superseded = {f"checkpoint-{AT + 1:08d}.pt"}
     assert {path.name for path in run.iterdir()} - superseded == {
         path.name for path in whole.iterdir()
     }
-    assert list(summary_of(run)) == list(summary_of(whole))
+    assert list(read_summary(run)) == list(read_summary(whole))
     assert not [
         path for path in (tmp_path / "torchrun").iterdir() if not path.name.startswith("samples-")
     ]
@@ -209,7 +217,7 @@ def test_a_run_of_one_process_goes_on_on_two_ranks(
 )
 def test_however_ranks_are_told_to_stop_they_save(
     torchrun: Torchrun,
-    flat: Path,
+    unlabelled: Path,
     tmp_path: Path,
     told: str,
     options: tuple[str, ...],
@@ -225,7 +233,13 @@ model.learning_rate_factor = lambda *rest, **named: (time.sleep(0.2), factor(*re
 {told}
 """
     status, text = torchrun(
-        "--data", flat, *OPTIONS, "--run-folder", run, hook=f"import model{hook}", options=options
+        "--data",
+        unlabelled,
+        *OPTIONS,
+        "--run-folder",
+        run,
+        hook=f"import model{hook}",
+        options=options,
     )
     assert status != 0
     assert not errors(text) + tracebacks(text), text
@@ -248,7 +262,7 @@ model.learning_rate_factor = lambda *rest, **named: (time.sleep(0.2), factor(*re
     ],
 )
 def test_a_rank_that_fails_ends_all_and_the_first_says_where_to_go_on(
-    torchrun: Torchrun, flat: Path, tmp_path: Path, rank: int, fault: str
+    torchrun: Torchrun, unlabelled: Path, tmp_path: Path, rank: int, fault: str
 ) -> None:
     """Its process gone, torchrun sends SIGTERM to the other, which is not to keep it from saying what it has to say."""
     run, failed_at = tmp_path / "run", tmp_path / "failed"
@@ -266,7 +280,7 @@ if rank == "{rank}":
 else:
     pipeline.Loader.steps = left_slowly
 """
-    status, text = torchrun("--data", flat, *OPTIONS, "--run-folder", run, hook=hook)
+    status, text = torchrun("--data", unlabelled, *OPTIONS, "--run-folder", run, hook=hook)
     assert status != 0
     assert time.time() - failed_at.stat().st_mtime < 60
     raised = fault == "fail()"
@@ -282,7 +296,7 @@ else:
 
 @pytest.mark.slow
 def test_a_rank_that_fails_before_the_first_step_is_no_reason_to_come_again(
-    torchrun: Torchrun, flat: Path, tmp_path: Path
+    torchrun: Torchrun, unlabelled: Path, tmp_path: Path
 ) -> None:
     """As one that finds no GPU: torchrun tells the first one to end, as it does where there is a better job."""
     hook = """
@@ -290,7 +304,9 @@ import pipeline
 if rank == "1":
     pipeline.find_device = lambda *_: (time.sleep(2), fail())  # the other waits for it by then
 """
-    status, text = torchrun("--data", flat, *OPTIONS, "--run-folder", tmp_path / "run", hook=hook)
+    status, text = torchrun(
+        "--data", unlabelled, *OPTIONS, "--run-folder", tmp_path / "run", hook=hook
+    )
     assert status != 0
     assert sum("KeyError: 'a bug'" in line for line in errors(text)) == 1, text
     assert "forcefully" not in text, "SIGTERM has ended the other"
@@ -305,9 +321,11 @@ if rank == "1":
     ],
 )
 def test_a_mistake_is_said_once(
-    torchrun: Torchrun, flat: Path, tmp_path: Path, mistake: tuple[str, ...], words: str
+    torchrun: Torchrun, unlabelled: Path, tmp_path: Path, mistake: tuple[str, ...], words: str
 ) -> None:
-    status, text = torchrun("--data", flat, *OPTIONS, "--run-folder", tmp_path / "run", *mistake)
+    status, text = torchrun(
+        "--data", unlabelled, *OPTIONS, "--run-folder", tmp_path / "run", *mistake
+    )
     assert status != 0
     assert "forcefully" not in text, "SIGTERM has ended the other"
     assert text.count(words) == 1, text
@@ -337,9 +355,9 @@ def test_torchrun_takes_none_of_our_options_for_its_own() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_process_that_is_told_to_stop_saves_and_says_how_it_ended(
-    train: Train, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    train: Command, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    run, options = tmp_path / "run", ("--data", flat, *OPTIONS, "--run", tmp_path / "run")
+    run, options = tmp_path / "run", ("--data", unlabelled, *OPTIONS, "--run", tmp_path / "run")
     at_step(monkeypatch, AT, lambda: os.kill(os.getpid(), number))
     status, text = train(*options)
     assert status == (130 if number == signal.SIGINT else 75), text
@@ -348,7 +366,7 @@ def test_a_process_that_is_told_to_stop_saves_and_says_how_it_ended(
     at_step(monkeypatch, AT + 3, ctrl_c)
     assert train(*options, "--resume-if-saved")[0] == 130
     assert not (run / "preempted").exists(), "of the run before"
-    assert steps_of(run) == list(range(AT + 4))
+    assert logged_steps(run) == list(range(AT + 4))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -356,8 +374,8 @@ def test_a_process_that_is_told_to_stop_saves_and_says_how_it_ended(
     "place", ["pipeline.open_store", "pipeline.view_grid", "model.export_backbone"]
 )
 def test_a_signal_outside_the_loop_ends_quietly(
-    train: Train,
-    flat: Path,
+    train: Command,
+    unlabelled: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: int,
@@ -365,7 +383,7 @@ def test_a_signal_outside_the_loop_ends_quietly(
 ) -> None:
     run, options = (
         tmp_path / "run",
-        ("--data", flat, *OPTIONS, "--epochs", "1", "--run", tmp_path / "run"),
+        ("--data", unlabelled, *OPTIONS, "--epochs", "1", "--run", tmp_path / "run"),
     )
     with monkeypatch.context() as patch:
         patch.setattr(place, lambda *_: os.kill(os.getpid(), number))
@@ -376,18 +394,18 @@ def test_a_signal_outside_the_loop_ends_quietly(
     status, text = train(*options, "--resume-if-saved")
     assert status == 0, text
     assert ("resumed after step 5" in text) == (place == "model.export_backbone")
-    assert steps_of(run) == list(range(5))
+    assert logged_steps(run) == list(range(5))
     assert not (run / "preempted").exists()
 
 
 def test_a_real_process_is_told_to_stop_while_it_imports_and_while_it_trains(
-    flat: Path, tmp_path: Path
+    unlabelled: Path, tmp_path: Path
 ) -> None:
     command = [
         sys.executable,
         str(TRAIN),
         "--data",
-        str(flat),
+        str(unlabelled),
         *OPTIONS,
         "--epochs",
         "4000",

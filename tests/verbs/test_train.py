@@ -24,33 +24,41 @@ from experiment import presets
 from experiment.run_folder import claim
 from pipeline import machine
 from tests.helpers.images import encoded, picture, write_photos
-from tests.helpers.runs import SUMMARY, TINY, Train, at_step, refused, steps_of, summary_of
+from tests.helpers.runs import (
+    SUMMARY,
+    TINY,
+    Command,
+    assert_refused,
+    at_step,
+    logged_steps,
+    read_summary,
+)
 
 # ── what it writes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_dry_run_leaves_nothing_behind(
-    train: Train, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "cwd"))
-    before = sorted(flat.rglob("*"))
-    status, text = train("--data", flat, *TINY, "--dry-run")
+    before = sorted(unlabelled.rglob("*"))
+    status, text = train("--data", unlabelled, *TINY, "--dry-run")
     assert status == 0, text
     assert re.search(r"peak memory +\d+\.\d GB *\n", text)
     assert re.search(r"largest batch +all 40 images in one step would fit *\n", text)
     assert re.search(r"the whole run +about \d+ min on cpu, \d+ cores", text)
     assert list(Path.cwd().iterdir()) == []
-    assert sorted(flat.rglob("*")) == before
+    assert sorted(unlabelled.rglob("*")) == before
 
 
 def test_a_labelled_folder_gives_a_summary_with_four_knn_scores(
-    train: Train, photos: Path, tmp_path: Path
+    train: Command, photos: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     status, text = train("--data", photos, *TINY, "--run", run, "--epochs", "2", "--log-steps", "5")
     assert status == 0, text
     assert "decoder torchvision (no GPU) with" in text
-    summary = summary_of(run)
+    summary = read_summary(run)
     assert list(summary) == SUMMARY
     assert (summary["preset"], summary["backbone"], summary["decoder"]) == (
         "demo",
@@ -61,7 +69,7 @@ def test_a_labelled_folder_gives_a_summary_with_four_knn_scores(
     assert summary["steps"] == 2 * (54 // 8), "a tenth of the 60 is held out"
     assert summary["images_per_s"] > 0
     assert 0 <= summary["data_wait_fraction"] < 1
-    assert steps_of(run) == [0, 5, 10, 11]
+    assert logged_steps(run) == [0, 5, 10, 11]
     first, *_, last = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert (summary["loss_first"], summary["loss_last"]) == (first["loss"], last["loss"])
     assert torch.load(summary["checkpoint"], weights_only=True)["step"] == summary["steps"]
@@ -85,7 +93,7 @@ def test_a_labelled_folder_gives_a_summary_with_four_knn_scores(
 
 
 def test_scores_are_those_of_the_exported_weights(
-    train: Train, photos: Path, tmp_path: Path
+    train: Command, photos: Path, tmp_path: Path
 ) -> None:
     run, folder = tmp_path / "run", tmp_path / "splits"
     for split, parity in (("train", 0), ("val", 1)):
@@ -111,23 +119,23 @@ def test_scores_are_those_of_the_exported_weights(
     expected = evaluation.knn_accuracies(
         *splits, {"trained": backbone, "pixels": evaluation.pixel_feature}
     )
-    found = summary_of(run)
+    found = read_summary(run)
     assert found["knn_top1_trained"] == pytest.approx(expected["trained"])
     assert found["knn_top1_pixels"] == pytest.approx(expected["pixels"])
 
 
 def test_a_folder_without_labels_trains_without_scores_and_an_earlier_run_is_kept(
-    train: Train, flat: Path, tmp_path: Path
+    train: Command, unlabelled: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     for moved in (None, "run.1", "run.2"):
-        status, text = train("--data", flat, *TINY, "--run", run, "--epochs", "1")
+        status, text = train("--data", unlabelled, *TINY, "--run", run, "--epochs", "1")
         assert status == 0, text
-        assert [summary_of(run)[name] for name in SUMMARY if name.startswith("knn")] == [None] * 4
+        assert [read_summary(run)[name] for name in SUMMARY if name.startswith("knn")] == [None] * 4
         if moved:
             assert str(tmp_path / moved) in text
             assert (tmp_path / moved / "mark").read_text() == f"before {moved}"
-            assert summary_of(tmp_path / moved)["checkpoint"] == str(run / "checkpoint.pt")
+            assert read_summary(tmp_path / moved)["checkpoint"] == str(run / "checkpoint.pt")
         (run / "mark").write_text(f"before run.{1 if moved is None else 2}")
 
 
@@ -153,7 +161,7 @@ def sixteen_bits() -> bytes:
 
 @pytest.mark.parametrize("decoder", pipeline.FOR_ANY_STORE)
 def test_odd_images_are_trained_on_or_reported_and_the_rest_goes_on(
-    train: Train, tmp_path: Path, decoder: str
+    train: Command, tmp_path: Path, decoder: str
 ) -> None:
     folder, run = write_photos(tmp_path / "photos", 40, classes=1), tmp_path / "run"
     good = encoded(picture(60, 60), quality=90)
@@ -173,7 +181,7 @@ def test_odd_images_are_trained_on_or_reported_and_the_rest_goes_on(
     status, text = train("--data", folder, *TINY, "--run", run, *options)
     assert status == 0, text
     assert f"decoder {decoder} (as requested)" in text
-    assert summary_of(run)["decoder"] == decoder
+    assert read_summary(run)["decoder"] == decoder
     said = {name: [line for line in text.splitlines() if name in line] for name in odd}
     for name in ("text.jpg", "empty.jpg", "bomb.png", "bomb.jpg"):
         (line,) = said[name]
@@ -184,12 +192,12 @@ def test_odd_images_are_trained_on_or_reported_and_the_rest_goes_on(
     assert str(folder / "truncated.jpg") in line
     assert said["sixteen.png"] + said["cmyk.jpg"] + said["one.png"] == []
     assert json.loads((run / "config.json").read_text())["images"] == 44
-    assert summary_of(run)["steps"] == 30
+    assert read_summary(run)["steps"] == 30
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["bad_images"] == 1
 
 
 def test_an_image_that_turns_bad_is_replaced_counted_and_said(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, run = write_photos(tmp_path / "photos", 40, classes=1), tmp_path / "run"
     victim = sorted(folder.rglob("*.jpg"))[7]
@@ -229,11 +237,13 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", list(BAD_FOLDERS))
-def test_folders_without_enough_images_are_refused(train: Train, tmp_path: Path, kind: str) -> None:
+def test_folders_without_enough_images_are_refused(
+    train: Command, tmp_path: Path, kind: str
+) -> None:
     make, words = BAD_FOLDERS[kind]
     (tmp_path / "data").mkdir()
     make(tmp_path / "data")
-    refused(train("--data", tmp_path / "data", *TINY, "--run", tmp_path / "run"), *words)
+    assert_refused(train("--data", tmp_path / "data", *TINY, "--run", tmp_path / "run"), *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -258,11 +268,13 @@ BAD_OPTIONS = {
 
 @pytest.mark.parametrize("options", list(BAD_OPTIONS))
 def test_impossible_options_are_refused(
-    train: Train, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+    train: Command, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run = tmp_path / "run"
-    refused(train("--data", flat, *TINY, "--run", run, *options.split()), *BAD_OPTIONS[options])
+    assert_refused(
+        train("--data", unlabelled, *TINY, "--run", run, *options.split()), *BAD_OPTIONS[options]
+    )
     assert not run.exists()
     assert list(Path.cwd().iterdir()) == []
 
@@ -278,7 +290,7 @@ def test_impossible_options_are_refused(
     ],
 )
 def test_unknown_words_on_the_command_line_are_refused_with_the_known_ones(
-    train: Train, arguments: str, words: tuple[str, ...]
+    train: Command, arguments: str, words: tuple[str, ...]
 ) -> None:
     status, text = train(*arguments.split())
     assert status not in (0, 130)
@@ -286,13 +298,13 @@ def test_unknown_words_on_the_command_line_are_refused_with_the_known_ones(
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_a_preset_of_somebody_elses_images_asks_for_them(train: Train) -> None:
-    refused(train("imagenet-1000e", "--device", "cpu"), "imagenet-1000e", "--data DIR")
+def test_a_preset_of_somebody_elses_images_asks_for_them(train: Command) -> None:
+    assert_refused(train("imagenet-1000e", "--device", "cpu"), "imagenet-1000e", "--data DIR")
     assert list(Path.cwd().iterdir()) == []
 
 
 def test_a_gpu_that_torch_cannot_use_is_an_error_and_never_silently_the_cpu(
-    train: Train, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "nvidia0").touch()
@@ -301,8 +313,11 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_and_never_silently_the_cpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     tiny = TINY[2:]  # without --device cpu
-    refused(
-        train("--data", flat, *tiny, "--run", tmp_path / "run"), "GPU", "driver", "--device cpu"
+    assert_refused(
+        train("--data", unlabelled, *tiny, "--run", tmp_path / "run"),
+        "GPU",
+        "driver",
+        "--device cpu",
     )
     assert not (tmp_path / "run").exists()
     assert machine.find_device("cpu").type == "cpu"
@@ -314,20 +329,25 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_and_never_silently_the_cpu(
 
 
 def test_a_run_folder_that_cannot_be_written_is_named(
-    train: Train, flat: Path, tmp_path: Path
+    train: Command, unlabelled: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("precious")
-    refused(
-        train("--data", flat, *TINY, "--run", tmp_path / "file" / "run"), str(tmp_path / "file")
+    assert_refused(
+        train("--data", unlabelled, *TINY, "--run", tmp_path / "file" / "run"),
+        str(tmp_path / "file"),
     )
-    refused(train("--data", flat, *TINY, "--run", tmp_path / "file"), str(tmp_path / "file"))
+    assert_refused(
+        train("--data", unlabelled, *TINY, "--run", tmp_path / "file"), str(tmp_path / "file")
+    )
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_a_loss_that_is_no_number_ends_the_run(train: Train, flat: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_ends_the_run(
+    train: Command, unlabelled: Path, tmp_path: Path
+) -> None:
     options = ["--lr", "1e30", "--lr-biases", "1e30", "--warmup-epochs", "0", "--log-steps", "1"]
-    refused(
-        train("--data", flat, *TINY, "--run", tmp_path / "run", *options),
+    assert_refused(
+        train("--data", unlabelled, *TINY, "--run", tmp_path / "run", *options),
         "loss",
         "nan",
         "lower --lr",
@@ -335,9 +355,9 @@ def test_a_loss_that_is_no_number_ends_the_run(train: Train, flat: Path, tmp_pat
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_two_runs_cannot_share_a_folder(train: Train, flat: Path, tmp_path: Path) -> None:
+def test_two_runs_cannot_share_a_folder(train: Command, unlabelled: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = ("--data", flat, *TINY, "--run", run, "--epochs", "1")
+    options = ("--data", unlabelled, *TINY, "--run", run, "--epochs", "1")
     assert train(*options)[0] == 0
     with claim(run):
         for again in (options, (*options, "--resume")):
@@ -348,18 +368,20 @@ def test_two_runs_cannot_share_a_folder(train: Train, flat: Path, tmp_path: Path
     assert not (tmp_path / "run.1").exists()
 
 
-def test_a_folder_that_is_no_run_is_left_alone(train: Train, flat: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run_is_left_alone(
+    train: Command, unlabelled: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for run, complaint in (("mine", "something else than a run"), ("mine/thesis.tex", "is a file")):
-        status, text = train("--data", flat, *TINY, "--run", tmp_path / run)
+        status, text = train("--data", unlabelled, *TINY, "--run", tmp_path / run)
         assert status == 1
         assert complaint in text
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
 def test_a_test_split_of_which_nothing_decodes_costs_the_scores_alone(
-    train: Train, photos: Path, tmp_path: Path
+    train: Command, photos: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(photos, data / "train")
@@ -370,6 +392,6 @@ def test_a_test_split_of_which_nothing_decodes_costs_the_scores_alone(
     status, text = train("--data", data, *TINY, "--epochs", "1", "--run", tmp_path / "run")
     assert status == 0, text
     assert text.count("left out") == 11, "ten of them, and how many more"
-    summary = summary_of(tmp_path / "run")
+    summary = read_summary(tmp_path / "run")
     assert summary["knn_top1_trained"] is None
     assert Path(summary["export"]).exists()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import model
-from tests.helpers.runs import TINY, Train, at_step, refused, same_weights, summary_of
+from tests.helpers.runs import TINY, Command, assert_refused, at_step, read_summary, same_weights
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
@@ -21,7 +21,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def test_evaluation_during_training_does_not_change_the_weights(
-    train: Train, photos: Path, tmp_path: Path
+    train: Command, photos: Path, tmp_path: Path
 ) -> None:
     options = ["--data", photos, *TINY, "--epochs", "4"]
     for name, more in (("without", []), ("with", ["--eval-epochs", "2"])):
@@ -31,7 +31,7 @@ def test_evaluation_during_training_does_not_change_the_weights(
 
     tested = [line for line in metrics_of(tmp_path / "with") if "knn_top1" in line]
     assert [line["step"] for line in tested] == [11, 23]
-    assert tested[-1]["knn_top1"] == summary_of(tmp_path / "with")["knn_top1_trained"]
+    assert tested[-1]["knn_top1"] == read_summary(tmp_path / "with")["knn_top1_trained"]
     assert 0 <= tested[-1]["probe_top1"] <= 100
     assert not any("probe_top1" in line for line in metrics_of(tmp_path / "without"))
 
@@ -48,7 +48,7 @@ def make_gradients_nan(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
 
 
 def test_a_step_with_nan_gradients_is_skipped_and_counted(
-    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--data", photos, *TINY, "--epochs", "2", "--log-steps", "1", "--lr", "0.6"]
     make_gradients_nan(monkeypatch, range(7, 9))
@@ -63,14 +63,14 @@ def test_a_step_with_nan_gradients_is_skipped_and_counted(
 
 
 def test_many_skipped_steps_in_a_row_end_the_run_with_the_state_before_them(
-    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     options = ["--data", photos, *TINY, "--epochs", "4", "--log-steps", "1"]
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda: make_gradients_nan(patch, range(100)))
         result = train(*options, "--run-folder", run)
-    refused(result, "at step 20", "16 steps in a row", "lower --lr", "is from before that")
+    assert_refused(result, "at step 20", "16 steps in a row", "lower --lr", "is from before that")
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 5
 
     status, text = train(*options, "--run-folder", run, "--resume")  # with good gradients again
@@ -80,7 +80,7 @@ def test_many_skipped_steps_in_a_row_end_the_run_with_the_state_before_them(
 
 
 def test_a_collapse_is_printed_once_and_recorded(
-    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collapsing = iter([(0.6, 40), (0.5, 30), *[(0.01, 1.1)] * 10])
     original = model.readings

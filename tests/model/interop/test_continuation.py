@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from experiment.config import ModelConfig, OptimConfig, Pretrain, RunConfig
 from model import LARS, BarlowTwins, build_backbone, continue_from, load_states, parameter_groups
-from tests.helpers.runs import TINY, Train, refused, steps_of, summary_of
+from tests.helpers.runs import TINY, Command, assert_refused, logged_steps, read_summary
 
 SIZES = (512, 24, 24, 16)
 SETTINGS = {
@@ -300,25 +300,27 @@ RUN = [
 
 
 def test_train_goes_on_from_the_authors_checkpoint(
-    train: Train, flat: Path, tmp_path: Path
+    train: Command, unlabelled: Path, tmp_path: Path
 ) -> None:
     """Forty photographs are five steps of eight an epoch; it is after four."""
     path, run = Theirs().save(tmp_path / "checkpoint.pth"), tmp_path / "run"
-    arguments = ["--data", flat, *RUN, "--run-folder", run]
-    refused(train(*arguments, "--continue-from", tmp_path / "absent.pth"), "absent.pth")
+    arguments = ["--data", unlabelled, *RUN, "--run-folder", run]
+    assert_refused(train(*arguments, "--continue-from", tmp_path / "absent.pth"), "absent.pth")
     assert not run.exists()
     status, text = train(*arguments, "--continue-from", path)
     assert status == 0, text
     assert f"starts with the weights in {path}" in text
     assert "resumed after step 20" in text
-    assert steps_of(run) == [20, 21, 22, 23, 24]
-    assert math.isfinite(summary_of(run)["loss_first"])
+    assert logged_steps(run) == [20, 21, 22, 23, 24]
+    assert math.isfinite(read_summary(run)["loss_first"])
     before = (run / "checkpoint.pt").read_bytes()
-    refused(
+    assert_refused(
         train(*arguments, "--continue-from", path, "--projector", "8-8"), "24-24-16 saved, 8-8 now"
     )
     assert (run / "checkpoint.pt").read_bytes() == before, "a file that does not fit moves nothing"
-    refused(train(*arguments, "--continue-from", path, "--resume"), "--continue-from", "--resume")
+    assert_refused(
+        train(*arguments, "--continue-from", path, "--resume"), "--continue-from", "--resume"
+    )
     status, text = train(*arguments, "--continue-from", path, "--resume-if-saved")
     assert status == 0, text
     assert "resumed after step 25" in text

@@ -29,7 +29,7 @@ from pipeline import (
 from pipeline.decoders import open_decoder
 from pipeline.recipe import Recipe, crop_view, draw, whole_view
 from tests.helpers.images import encoded, picture
-from tests.helpers.libraries import needed
+from tests.helpers.libraries import import_or_skip
 from tests.helpers.stores import decoder_of
 from tests.pipeline.decoders.test_decoders import Memory, resident_mb, whole_images
 from tests.pipeline.formats.test_beton import (
@@ -311,7 +311,7 @@ def test_auto_leaves_it_to_the_user(forty: Store) -> None:
 def test_asked_for_and_not_installed_it_says_how_to_get_it(
     forty: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed("pipeline.decoders.ffcv")
+    import_or_skip("pipeline.decoders.ffcv")
     monkeypatch.setitem(sys.modules, "pipeline.decoders.ffcv", None)
     with pytest.raises(
         ValueError, match=r"FFCV cannot be imported.*apt-get install lib.*uv sync --extra ffcv"

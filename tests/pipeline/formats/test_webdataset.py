@@ -21,7 +21,7 @@ import pytest
 from pipeline.formats import EncodedSample, find_format, tfrecord, webdataset
 from pipeline.formats.index import ROW, index_path, save_index, sidecar_path
 from tests.helpers.images import encoded, picture
-from tests.helpers.libraries import needed
+from tests.helpers.libraries import import_or_skip
 from tests.helpers.records import JPEGS, LABELS, check_mutations, images_of, opened, write_records
 
 
@@ -40,7 +40,7 @@ def labels_of(store: Any) -> list[Any]:
 
 
 def wds2idx(file: Path) -> str:
-    needed("wds2idx")
+    import_or_skip("wds2idx")
     to, utf8 = file.with_suffix(".theirs"), {**os.environ, "LC_ALL": "C.UTF-8"}
     subprocess.run(
         [sys.executable, "-m", "wds2idx", file, to], check=True, capture_output=True, env=utf8
@@ -50,7 +50,7 @@ def wds2idx(file: Path) -> str:
 
 def dalis(file: Path, samples: int) -> list[tuple[bytes, bytes]]:
     """Images and labels as DALI's own reader finds them by the sidecar of a tar."""
-    dali = needed("nvidia.dali")
+    dali = import_or_skip("nvidia.dali")
 
     @dali.pipeline_def(batch_size=samples, num_threads=1, device_id=None)
     def reader() -> Any:
@@ -108,7 +108,7 @@ def test_the_sidecar_is_that_of_wds2idx_and_dali_reads_by_it(tmp_path: Path) -> 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # the package's
 def test_the_webdataset_package_reads_what_we_write(tmp_path: Path) -> None:
-    package = needed("webdataset")
+    package = import_or_skip("webdataset")
     file = write_records(tmp_path / "a.tar", webdataset, JPEGS, range(9))
     raw = list(package.WebDataset(str(file), shardshuffle=False).to_tuple("__key__", "jpg", "cls"))
     assert raw == [(f"{key:08d}", JPEGS[key], b"%d" % key) for key in range(9)]
