@@ -1,26 +1,25 @@
-"""Convert a data set to something fast to train from, and that other tools read: beton, WebDataset or TFRecord.
+"""Convert images to beton, WebDataset or TFRecord, for fast training and for other tools.
 
-uv run convert.py photos photos.beton                                  JPEGs pass through untouched
-uv run convert.py photos shards --format webdataset --max-side 400     a folder of .tar files, resized
-uv run convert.py hf/train-*.parquet shards --format tfrecord          from the Hugging Face hub
-uv run convert.py verify photos.beton --against photos                 reads all again, and compares
+uv run convert.py photos photos.beton                                JPEGs pass through untouched
+uv run convert.py photos shards --format webdataset --max-side 400   a folder of .tar files, resized
+uv run convert.py hf/train-*.parquet shards --format tfrecord        from the Hugging Face hub
+uv run convert.py verify photos.beton --against photos               reads all again, and compares
 uv run convert.py --help
 
-The same command goes on where an earlier one was ended. `./verify` is a source that is called so.
+The same command resumes a conversion that was stopped. Write ./verify for a source of that name.
 """
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -28,138 +27,199 @@ import tyro
 from tyro.conf import Positional, arg
 
 import experiment
-from experiment import Console
+from experiment import Console, ProgressBar, printable
 
 if TYPE_CHECKING:
-    from pipeline import ConversionProgress
+    from pipeline import ConversionProgress, ConversionResult
 
-INTERRUPTED = 130  # exit status of what was stopped, and can go on
+_MOST_PROBLEMS = 10  # that are printed
+_CLUSTER_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Write SOURCE to TARGET in a seeded global shuffle, each image decoded once to see that it is good. The same
-    command goes on where an earlier one was ended. `convert.py verify --help`: read a TARGET again, and compare."""
+    """Write SOURCE to TARGET in a seeded global shuffle; each image is decoded once to check it.
+
+    The same command resumes a conversion that was stopped. `convert.py verify --help`: read a
+    TARGET again, and compare.
+    """
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
-    """A folder (its sub-folders are classes), .beton, folder of .tar or .tfrecord, Hugging Face .parquet, a URL of
-    any of these, or torchvision:CIFAR10[:test]."""
+    """A folder of images (sub-folders are classes), a .beton file, or a folder of record files.
+    Record files are .tar, .tfrecord and Hugging Face .parquet.
+    Also a URL of any of these, or torchvision:CIFAR10[:test]."""
     target: Annotated[Positional[Path], arg(metavar="TARGET")]
     """x.beton, or a folder of shards."""
     format: Literal["beton", "webdataset", "tfrecord"] | None = None
-    """What to write, where the name of TARGET does not say it."""
+    """What to write; not needed if TARGET ends in .beton."""
     shards: int | None = None
     """Number of files, instead of --shard-size."""
     shard_size: int = 5000
-    """Images in a file of shards."""
+    """Images per shard."""
     max_side: int | None = None
-    """Pixels: images with a longer side are shrunk to it, and encoded again."""
+    """Resize images so that the longer side has at most this many pixels."""
     short_side: int | None = None
-    """Pixels: images whose shorter side is longer are shrunk to it, and encoded again."""
+    """Resize images so that the shorter side has at most this many pixels."""
     quality: int | None = None
-    """Of what is encoded again, 1 to 100; also encodes again JPEGs of higher quality. Without it 96."""
+    """JPEG quality, 1 to 100; JPEGs of a higher quality are re-encoded.
+    Without it, images that have to be re-encoded get 96."""
     seed: int = 0
-    """Of the shuffle."""
+    """Seed of the shuffle."""
     validate: bool = True
-    """Decode each image; without it, only headers are looked at."""
+    """Decode each image; if off, only headers are read."""
     strict: bool = False
-    """End at the first bad image instead of leaving it out."""
+    """Stop at the first bad image instead of leaving it out."""
     threads: int | None = None
-    """One a core without it."""
+    """Number of threads; without it, one per core."""
     scheduler: str | None = None
-    """Address of a Dask scheduler whose workers write the shards; SOURCE and TARGET on a file system that all share.
-    Dask's parts trust each other, and pickle what they exchange: over a network that others share, use its TLS
-    (tls://..., docs/formats.md)."""
+    """Address of a Dask scheduler; its workers write the shards.
+    SOURCE and TARGET must be on a file system that all workers share.
+    Dask pickles what its parts exchange: use TLS (tls://...) over a network that others use."""
 
 
 @dataclass(frozen=True)
 class Verify:
-    """Read all of TARGET again and compare it with its checksums, and with SOURCE where that is given."""
+    """Read all of TARGET again, and compare it with its checksums and, if given, with SOURCE."""
 
     target: Annotated[Positional[Path], arg(metavar="TARGET")]
-    """What was converted."""
+    """A converted data set."""
     against: Annotated[str | None, arg(metavar="SOURCE")] = None
     """Make each image again from its source, and compare."""
     threads: int | None = None
-    """One a core without it."""
+    """Number of threads; without it, one per core."""
 
 
-def convert(job: Convert, console: Console) -> int:
-    """One conversion; the exit status."""
+def main(console: Console) -> int:
+    """Run what the command line asks for; return the exit status."""
+    command = parse()
+    try:
+        if isinstance(command, Verify):
+            return verify(command, console)
+        return convert(command, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command continues from there")
+        raise
+
+
+def parse() -> Convert | Verify:
+    if sys.argv[1:2] == ["verify"]:
+        return tyro.cli(Verify, args=sys.argv[2:], prog="convert.py verify")
+    return tyro.cli(Convert, prog="convert.py")
+
+
+def convert(command: Convert, console: Console) -> int:
+    """Convert a data set, and print what was written."""
     with console.progress("loading torch"):
         import pipeline
-    began, first = time.monotonic(), None
+    started_at = time.monotonic()
 
-    with (
-        console.progress(f"listing {job.source}") as listing,
-        console.progress("converting") as bar,
-        cluster(job.scheduler) as pool,
-    ):
-
-        def progress(written: ConversionProgress, images: int) -> None:
-            nonlocal first
-            first = first or (time.monotonic(), written)
-            elapsed = max(time.monotonic() - first[0], 1e-3)
-            rate, size = (
-                (written.images - first[1].images) / elapsed,
-                (written.bytes - first[1].bytes) / elapsed,
-            )
-            bar(
-                written.images,
-                images,
-                f"{rate:.0f} images/s, {size / 1e6:.0f} MB/s, {written.rejects} rejects",
-            )
-
-        values = asdict(job)
-        options = pipeline.ConversionOptions(
-            **{f.name: values[f.name] for f in fields(pipeline.ConversionOptions)}
-        )
-        report = pipeline.write_store(
-            job.source, job.target, options, executor=pool, progress=progress, listing=listing
-        )
-    if not report.new:
-        console.print(f"{report.path} is there already, from the same conversion: nothing to do")
-        return 0
-    elapsed = time.monotonic() - began
-    rows = {
-        "images": f"{report.images:,}",
-        **{f"  {what}": f"{count:,}" for what, count in report.done.items()},
-    }
-    if report.rejects:
-        rows["left out"] = f"{report.rejects:,}, see {report.path.name}.rejects.jsonl"
-    rows["written"] = f"{report.path}, {report.bytes / 1e6:,.1f} MB"
-    rows["time"] = (
-        f"{elapsed:.1f} s, {report.images / elapsed:,.0f} images/s, {report.bytes / elapsed / 1e6:,.0f} MB/s"
+    options = pipeline.ConversionOptions(
+        format=command.format,
+        shards=command.shards,
+        shard_size=command.shard_size,
+        max_side=command.max_side,
+        short_side=command.short_side,
+        quality=command.quality,
+        seed=command.seed,
+        validate=command.validate,
+        strict=command.strict,
+        threads=command.threads,
     )
-    console.table(rows)
-    console.print(experiment.printable(f"uv run train.py --data {shlex.quote(str(job.target))}"))
+    with (
+        console.progress(f"listing {command.source}") as listing,
+        console.progress("converting") as bar,
+        connect_cluster(command.scheduler) as executor,
+    ):
+        result = pipeline.write_store(
+            command.source,
+            command.target,
+            options,
+            executor=executor,
+            progress=ConversionBar(bar),
+            listing=listing,
+        )
+
+    if not result.new:
+        console.print(f"{result.path} already exists, from the same conversion: nothing to do")
+        return 0
+    console.table(summarize(result, time.monotonic() - started_at))
+    console.print(printable(f"uv run train.py --data {shlex.quote(str(command.target))}"))
     return 0
 
 
-def verify(job: Verify, console: Console) -> int:
-    """One verification; the exit status."""
+def verify(command: Verify, console: Console) -> int:
+    """Verify a data set, and print its problems; the exit status is 1 if there are any."""
     with console.progress("loading torch"):
         import pipeline
     with (
-        console.progress(f"listing {job.against or job.target}") as listing,
+        console.progress(f"listing {command.against or command.target}") as listing,
         console.progress("verifying") as bar,
     ):
         problems = pipeline.verify_store(
-            job.target, job.against, threads=job.threads, progress=bar, listing=listing
+            command.target,
+            command.against,
+            threads=command.threads,
+            progress=bar,
+            listing=listing,
         )
-    for problem in problems[:10]:
-        console.print(experiment.printable(problem))
-    if len(problems) > 10:
-        console.print(f"and {len(problems) - 10} more")
-    found = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-    said = f"{job.target}: {found}" if problems else f"{job.target} is as it was written"
-    console.print(experiment.printable(said))
-    return int(bool(problems))
+
+    for problem in problems[:_MOST_PROBLEMS]:
+        console.print(printable(problem))
+    if len(problems) > _MOST_PROBLEMS:
+        console.print(f"and {len(problems) - _MOST_PROBLEMS} more")
+    if not problems:
+        verdict = "no problem"
+    elif len(problems) == 1:
+        verdict = "1 problem"
+    else:
+        verdict = f"{len(problems)} problems"
+    console.print(printable(f"{command.target}: {verdict}"))
+    return 1 if problems else 0
+
+
+class ConversionBar:
+    """A progress bar with the throughput since its first call.
+
+    The first call includes what an earlier command has written.
+    """
+
+    def __init__(self, bar: ProgressBar) -> None:
+        self._bar = bar
+        self._first: ConversionProgress | None = None
+        self._started_at = 0.0
+
+    def __call__(self, done: ConversionProgress, images: int) -> None:
+        if self._first is None:
+            self._first = done
+            self._started_at = time.monotonic()
+        elapsed_s = max(time.monotonic() - self._started_at, 1e-3)
+        images_per_s = (done.images - self._first.images) / elapsed_s
+        megabytes_per_s = (done.bytes - self._first.bytes) / elapsed_s / 1e6
+        status = f"{images_per_s:.0f} images/s, {megabytes_per_s:.0f} MB/s, {done.rejects} rejects"
+        self._bar(done.images, images, status)
+
+
+def summarize(result: ConversionResult, elapsed_s: float) -> dict[str, str]:
+    """The rows of the table that is printed at the end."""
+    rows = {"images": f"{result.images:,}"}
+    for treatment, images in result.treatments.items():
+        rows[f"  {treatment}"] = f"{images:,}"
+    if result.rejects:
+        rows["left out"] = f"{result.rejects:,}, see {result.path.name}.rejects.jsonl"
+    rows["written"] = f"{result.path}, {result.bytes / 1e6:,.1f} MB"
+    images_per_s = result.images / elapsed_s
+    megabytes_per_s = result.bytes / elapsed_s / 1e6
+    rows["time"] = f"{elapsed_s:.1f} s, {images_per_s:,.0f} images/s, {megabytes_per_s:,.0f} MB/s"
+    return rows
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[Executor | None]:
-    """The executor of a Dask cluster, whose workers have got our modules; None without an address."""
+def connect_cluster(address: str | None) -> Iterator[Executor | None]:
+    """The executor of a Dask cluster to which our modules have been sent; None without an address.
+
+    Raises:
+        ValueError: Dask is not installed, or no worker is there.
+    """
     if address is None:
         yield None
         return
@@ -167,44 +227,29 @@ def cluster(address: str | None) -> Iterator[Executor | None]:
         from distributed import Client
     except ImportError as error:
         raise ValueError(f"--scheduler needs Dask ({error}): uv sync --extra convert") from None
-    here = Path(__file__).parent
     with (
         tempfile.TemporaryDirectory() as folder,
-        Client(address, timeout=10, set_as_default=False) as client,
+        Client(address, timeout=_CLUSTER_TIMEOUT_S, set_as_default=False) as client,
     ):
         try:
-            client.wait_for_workers(1, timeout=10)
+            client.wait_for_workers(1, timeout=_CLUSTER_TIMEOUT_S)
         except TimeoutError:
             raise ValueError(
-                f"no worker is at {address}: start some, dask worker {address}"
+                f"no worker is at {address}: start some with: dask worker {address}"
             ) from None
-        shipped = Path(folder) / "twinfeed-pipeline.zip"
-        with zipfile.ZipFile(shipped, "w") as archive:
-            for path in sorted((here / "pipeline").rglob("*.py")):
-                archive.write(path, path.relative_to(here))
-        client.upload_file(str(shipped))
+        modules = Path(folder) / "twinfeed-pipeline.zip"
+        zip_pipeline(modules)
+        client.upload_file(str(modules))
         yield client.get_executor(pure=False)
 
 
-def parse() -> Callable[[Console], int]:
-    """What the command line asks for."""
-    if sys.argv[1:2] == ["verify"]:
-        checking = tyro.cli(Verify, args=sys.argv[2:], prog="convert.py verify")
-        return lambda console: verify(checking, console)
-    job = tyro.cli(Convert, prog="convert.py")
-    return lambda console: convert(job, console)
+def zip_pipeline(to: Path) -> None:
+    """Pack the source files of the pipeline, as `import pipeline` finds them."""
+    root = Path(__file__).parent
+    with zipfile.ZipFile(to, "w") as archive:
+        for path in sorted((root / "pipeline").rglob("*.py")):
+            archive.write(path, path.relative_to(root))
 
 
 if __name__ == "__main__":
-    run = parse()
-    try:
-        with Console() as run_log:
-            status = run(run_log)
-    except Exception as error:
-        if os.environ.get("TWINFEED_TRACEBACK"):
-            raise
-        sys.exit(f"error: {experiment.printable(experiment.explain(error))}")
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there")
-        sys.exit(INTERRUPTED)
-    sys.exit(status)
+    sys.exit(experiment.run_command(main))

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .conversion.journal import ConversionProgress
 from .conversion.options import ConversionOptions
-from .conversion.shard_writer import ConversionProgress
 from .conversion.verify import verify_store
 from .conversion.writer import ConversionResult, write_store
 from .decoders import DECODERS, FOR_ANY_STORE, open_decoder
@@ -30,21 +30,25 @@ from .machine import describe_device, find_device, usable_cores
 from .options import LoaderOptions
 from .recipe import Recipe, barlow_twins, center_view, crop_view, whole_view
 from .stores import (
+    FolderStore,
     MemoryStore,
     Progress,
     Store,
     Subset,
     cache_folder,
     check_labels,
+    demo_devkit,
+    demo_folder,
+    find_splits,
     fingerprint,
     hold_out,
+    no_progress,
+    open_voc,
     random_subset,
     stratified_subset,
+    subset_from_list,
     with_classes,
 )
-from .stores.demo import demo_folder
-from .stores.folder import FolderStore, find_splits, subset_from_list
-from .stores.voc import demo_devkit, open_voc
 from .view_grid import view_grid
 
 __all__ = [
@@ -90,7 +94,7 @@ __all__ = [
 ]
 
 
-def open_store(path: str | Path, progress: Progress = lambda done, total: None) -> Store:
+def open_store(path: str | Path, progress: Progress = no_progress) -> Store:
     """Open the images at `path`.
 
     Args:

@@ -1,209 +1,319 @@
-"""Whether an ordinary JPEG is whole, without decoding it: a walk over its Huffman codes that computes no coefficient.
+"""Checks that an ordinary JPEG is intact without decoding it.
 
-Several symbols are looked up at a time, by which it takes about half as long as libjpeg-turbo's decoding to an eighth
-of the size. It knows baseline JPEGs of one scan without restart markers, and is sure of nothing else.
+`is_intact` walks over the Huffman codes of all blocks without computing a coefficient. It looks up
+several symbols at a time, and so takes about half as long as libjpeg-turbo's decoding to an eighth
+of the size. It knows baseline JPEGs of one scan without restart markers; of all others it is not
+certain. Huffman codes and segments are those of ITU-T T.81; libjpeg-turbo adds some restrictions.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, uint64
+from numba import uint64
 from numpy.typing import NDArray
 
-_compiled = partial(njit, nogil=True, error_model="numpy")
-_LOOK = 13  # bits: the AC tables of an image just fit a core's nearest cache, and more was slower
-_BITS = 31  # of a table's entry: how many bits to drop. The rest counts the coefficients, plus this where a block ends:
-_END = 256
-_LONG = 128  # in the place of a symbol that is too long for that table
-_SAMPLING = (b"\x11", b"\x11\x11\x11", b"\x21\x11\x11", b"\x12\x11\x11", b"\x22\x11\x11")
+from ..numba_cache import CachedKernel
 
-Codes = tuple[
-    bytes, bytes
-]  # of DC and AC, as the file has them: a number, 16 counts, and the symbols
+# Markers of segments, without their first byte 0xFF
+_START_OF_FRAME = 0xC0  # of a baseline JPEG
+_HUFFMAN_TABLES = 0xC4
+_QUANTIZATION_TABLES = 0xDB
+_START_OF_SCAN = 0xDA
+_APP0, _APP2, _APP14, _APP15 = 0xE0, 0xE2, 0xEE, 0xEF
+_COMMENT = 0xFE
+
+_SAMPLING_FACTORS = (  # of the components; the first byte is luma's: 4 bits across, 4 bits down
+    b"\x11",
+    b"\x11\x11\x11",
+    b"\x21\x11\x11",
+    b"\x12\x11\x11",
+    b"\x22\x11\x11",
+)
+_LARGEST_SIDE = 65_500  # of an image, in libjpeg
+_FULL_SPECTRUM = b"\0\x3f\0"  # coefficients 0 to 63, no successive approximation
+_DC, _AC = 0, 1
+_AC_CLASS = 16  # in the number of a Huffman table: its upper half is 1 for an AC table
+_HUFFMAN_NUMBERS = {0, 1, 2, 3, 16, 17, 18, 19}  # of the tables that a file may have
+_COUNTS_END = 17  # a Huffman table: its number, 16 counts of codes by length, then the symbols
+_QUANTIZATION_TABLE_BYTES = 65
+
+# An entry of a lookup table is `advance << _ADVANCE_SHIFT | bits`: how many coefficients the
+# symbols in it cover, and how many bits they take together.
+_ADVANCE_SHIFT = 5
+_BITS_MASK = 31
+_COEFFICIENTS = 64  # of a block
+_END_OF_BLOCK = 256  # is added to `advance` if the block ends with the entry
+_TOO_LONG = 128  # stands for `advance` if not even the first symbol fits the table of many symbols
+_MANY_BITS = 13  # the AC tables of an image just fit a core's nearest cache, and more was slower
+_ONE_BITS = 16  # the longest Huffman code
+
+_KERNEL_OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 
-def is_whole(data: bytes) -> bool:
-    """True only where libjpeg-turbo decodes a JPEG without an error or a warning; False says: not sure."""
-    frame, codes, start = _header(data)
-    distinct = tuple(dict.fromkeys(codes))
-    tables = _tables(distinct) if codes else None
+class HuffmanCodes(NamedTuple):
+    """The Huffman tables of a component as they stand in the file."""
+
+    dc: bytes
+    ac: bytes
+
+
+class _Header(NamedTuple):
+    frame: bytes  # contents of the frame's segment
+    codes: list[HuffmanCodes]  # one for each component
+    scan_start: int  # position of the entropy-coded data
+
+
+def is_intact(data: bytes) -> bool:
+    """Whether a JPEG is certain to decode without an error or a warning of libjpeg-turbo.
+
+    False means that the file is damaged or unusual: only decoding it can tell.
+    """
+    header = _parse_header(data)
+    if header is None:
+        return False
+    distinct = tuple(dict.fromkeys(header.codes))
+    tables = _lookup_tables(distinct)
     if tables is None:
         return False
-    height, width = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
-    across, down = frame[7] >> 4, frame[7] & 15  # luma's blocks in an MCU
-    mcus = -(height // (-8 * down)) * -(width // (-8 * across))
-    plan = np.array([distinct.index(code) for code in codes[:1] * across * down + codes[1:]])
-    return _run(_walk, np.frombuffer(data, np.uint8), start, mcus, plan, *tables)
+
+    height = int.from_bytes(header.frame[1:3])
+    width = int.from_bytes(header.frame[3:5])
+    across = header.frame[7] >> 4  # luma blocks in an MCU (minimum coded unit)
+    down = header.frame[7] & 15
+    rows = -(-height // (8 * down))
+    columns = -(-width // (8 * across))
+    luma, *chroma = (distinct.index(codes) for codes in header.codes)
+    blocks = np.array([luma] * (across * down) + chroma)  # of an MCU: the number of their codes
+    encoded = np.frombuffer(data, np.uint8)
+    return _walk_blocks(encoded, header.scan_start, rows * columns, blocks, *tables)
 
 
-def _header(data: bytes) -> tuple[bytes, list[Codes], int]:
-    """The frame's segment, the codes of each component, and where the scan begins; no codes where it is unusual."""
-    frame, huffman, quantizers, profiles, at = b"", dict[int, bytes](), set[int](), 0, 2
-    usual = data[:2] == b"\xff\xd8"
-    while usual and at + 4 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
-        segment, at = data[at + 4 : at + 2 + length], at + 2 + length
-        usual = length >= 2 and at <= len(data)
-        if marker == 0xDB:
-            quantizers.update(segment[::65])
-            usual &= len(segment) % 65 == 0
-        elif marker == 0xC4:
-            while segment and usual:
-                size = 17 + sum(segment[1:17])
-                usual = len(segment) >= size
-                huffman[segment[0]], segment = segment[:size], segment[size:]
-        elif marker == 0xC0:
-            usual &= not frame and segment[:1] == b"\x08" and len(segment) in (9, 15)
-            frame = segment
-        elif marker == 0xDA:
-            return frame, _codes(frame, segment, huffman, quantizers) if usual and frame else [], at
-        elif marker == 0xE0 and segment[:5] == b"JFIF\0":
-            usual &= segment[5:6] == b"\x01"
-        elif marker == 0xEE and segment[:5] == b"Adobe":
-            usual &= segment[11:12] in (b"\0", b"\x01")
-        elif (
-            marker == 0xE2 and segment[:12] == b"ICC_PROFILE\0"
-        ):  # whose parts libjpeg-turbo puts together
-            profiles += 1
-            usual &= segment[12:14] == b"\x01\x01" and len(segment) > 14 and profiles == 1
-        else:
-            usual &= 0xE0 <= marker <= 0xEF or marker == 0xFE
-    return b"", [], 0
+def _parse_header(data: bytes) -> _Header | None:
+    """The segments up to the start of the scan; None for a JPEG that is damaged or unusual."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    segments = _HeaderSegments()
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        length = int.from_bytes(data[at + 2 : at + 4])
+        segment = data[at + 4 : at + 2 + length]
+        at += 2 + length
+        if length < 2 or at > len(data):
+            return None
+        if marker == _START_OF_SCAN:
+            codes = segments.codes_of_scan(segment)
+            return None if codes is None else _Header(segments.frame, codes, at)
+        if not segments.add(marker, segment):
+            return None
+    return None
 
 
-def _codes(
-    frame: bytes, scan: bytes, huffman: dict[int, bytes], quantizers: set[int]
-) -> list[Codes]:
-    """The Huffman codes of each component, if one usual scan has all of them; none otherwise."""
-    ids, chosen = frame[6::3], [(which >> 4, 16 | which & 15) for which in scan[2:-3:2]]
-    usual = (
-        len(ids) == len(set(ids)) == frame[5]
-        and frame[7::3] in _SAMPLING
-        and all(0 < int.from_bytes(frame[i : i + 2]) <= 65500 for i in (1, 3))  # libjpeg's bounds
-        and set(frame[8::3]) <= quantizers <= {0, 1, 2, 3}
-        and {which for pair in chosen for which in pair}
-        <= huffman.keys()
-        <= {0, 1, 2, 3, 16, 17, 18, 19}
-        and (scan[:1], scan[1:-3:2], scan[-3:]) == (frame[5:6], ids, b"\0\x3f\0")
-        and len(scan) == 4 + 2 * frame[5]
-    )
-    return [(huffman[dc], huffman[ac]) for dc, ac in chosen] if usual else []
+class _HeaderSegments:
+    """What the segments of a JPEG have defined so far."""
+
+    def __init__(self) -> None:
+        self.frame = b""
+        self._huffman: dict[int, bytes] = {}  # by number
+        self._quantizers: set[int] = set()  # their numbers
+        self._color_profiles = 0
+
+    def add(self, marker: int, segment: bytes) -> bool:
+        """Read the contents of a segment; False if they are damaged or unusual."""
+        if marker == _QUANTIZATION_TABLES:
+            self._quantizers.update(segment[::_QUANTIZATION_TABLE_BYTES])
+            return len(segment) % _QUANTIZATION_TABLE_BYTES == 0
+        if marker == _HUFFMAN_TABLES:
+            return self._add_huffman_tables(segment)
+        if marker == _START_OF_FRAME:
+            is_first = not self.frame
+            self.frame = segment
+            return is_first and segment[:1] == b"\x08" and len(segment) in (9, 15)
+        if marker == _APP0 and segment[:5] == b"JFIF\0":
+            return segment[5:6] == b"\x01"  # major version
+        if marker == _APP14 and segment[:5] == b"Adobe":
+            return segment[11:12] in (b"\0", b"\x01")  # colour transform: none or YCbCr
+        if marker == _APP2 and segment[:12] == b"ICC_PROFILE\0":
+            # libjpeg-turbo joins the parts of a profile: here it has to be the first of one part.
+            self._color_profiles += 1
+            is_one_part = segment[12:14] == b"\x01\x01" and len(segment) > 14
+            return is_one_part and self._color_profiles == 1
+        return _APP0 <= marker <= _APP15 or marker == _COMMENT
+
+    def _add_huffman_tables(self, segment: bytes) -> bool:
+        while segment:
+            size = _COUNTS_END + sum(segment[1:_COUNTS_END])
+            if len(segment) < size:
+                return False
+            self._huffman[segment[0]] = segment[:size]
+            segment = segment[size:]
+        return True
+
+    def codes_of_scan(self, scan: bytes) -> list[HuffmanCodes] | None:
+        """The codes of each component if this scan has all of them; None if it is unusual."""
+        if not self.frame or not self._is_usual_frame():
+            return None
+        components = self.frame[5]
+        if len(scan) != 4 + 2 * components:
+            return None
+        ids = self.frame[6::3]
+        if (scan[:1], scan[1:-3:2], scan[-3:]) != (self.frame[5:6], ids, _FULL_SPECTRUM):
+            return None
+        chosen = [(pair >> 4, _AC_CLASS | pair & 15) for pair in scan[2:-3:2]]
+        used = {number for pair in chosen for number in pair}
+        if not used <= self._huffman.keys() <= _HUFFMAN_NUMBERS:
+            return None
+        return [HuffmanCodes(self._huffman[dc], self._huffman[ac]) for dc, ac in chosen]
+
+    def _is_usual_frame(self) -> bool:
+        ids = self.frame[6::3]
+        sides = (int.from_bytes(self.frame[1:3]), int.from_bytes(self.frame[3:5]))
+        return (
+            len(ids) == len(set(ids)) == self.frame[5]
+            and self.frame[7::3] in _SAMPLING_FACTORS
+            and all(0 < side <= _LARGEST_SIDE for side in sides)
+            and set(self.frame[8::3]) <= self._quantizers <= {0, 1, 2, 3}
+        )
 
 
 @lru_cache(maxsize=32)  # most JPEGs of an encoder share them
-def _tables(codes: tuple[Codes, ...]) -> tuple[NDArray[np.uint16], NDArray[np.uint16]] | None:
-    """The entries of 13 bits, for as many symbols as these hold, and of 16 bits, for one; None for forbidden codes.
+def _lookup_tables(
+    codes: tuple[HuffmanCodes, ...],
+) -> tuple[NDArray[np.uint16], NDArray[np.uint16]] | None:
+    """Two lookup tables for each of n codes; None if a code is not allowed.
 
-    They are [n, 2, 8192] and [n, 2, 65536] for n codes: what begins with a DC symbol, and what does not.
+    Returns:
+        many: [n, 2, 2^13], by the next 13 bits: as many symbols as these bits hold.
+        one: [n, 2, 2^16], by the next 16 bits: one symbol.
+        The second index is 0 if a DC symbol comes first, 1 if an AC symbol does.
     """
-    chained, single = (np.zeros((len(codes), 2, 1 << bits), np.uint16) for bits in (_LOOK, 16))
-    for pair, *tables in zip(codes, chained, single, strict=True):
-        if not _run(_fill, tuple(np.frombuffer(code, np.uint8) for code in pair), *tables):
-            return None
-    return chained, single
+    many = np.zeros((len(codes), 2, 1 << _MANY_BITS), np.uint16)
+    one = np.zeros((len(codes), 2, 1 << _ONE_BITS), np.uint16)
+    for i, pair in enumerate(codes):
+        for kind, table in ((_DC, pair.dc), (_AC, pair.ac)):
+            if not _fill_one(kind, np.frombuffer(table, np.uint8), one[i, kind]):
+                return None
+        _fill_many(one[i], many[i])
+    return many, one
 
 
-def _fill(pair: Any, chained: Any, single: Any) -> bool:
-    for part in range(2):
-        code, at = 0, 17
-        for length in range(1, 17):
-            if (
-                code + pair[part][length] >= 1 << length
-            ):  # libjpeg takes no code that is all ones either
+def _fill_one_python(kind: int, codes: Any, one: Any) -> bool:
+    """Fill the table of one symbol for a DC or an AC code; False if the code is not allowed."""
+    code = 0
+    at = _COUNTS_END
+    for length in range(1, _ONE_BITS + 1):
+        # libjpeg does not accept a code of ones only either.
+        if code + codes[length] >= 1 << length:
+            return False
+        for _ in range(codes[length]):
+            zeros = codes[at] >> 4  # coefficients that are 0 before this one
+            extra_bits = codes[at] & 15  # they follow the code and hold the coefficient
+            advance = zeros + 1
+            if kind == _DC and (zeros > 0 or extra_bits > 11):
                 return False
-            for _ in range(pair[part][length]):
-                run, extra = pair[part][at] >> 4, pair[part][at] & 15
-                steps = run + 1
-                if part == 0 and (run > 0 or extra > 11):
-                    return False
-                if (
-                    part == 1 and extra == 0
-                ):  # of these, baseline JPEGs know two; the others stay unknown
-                    steps = _END if run == 0 else 16 if run == 15 else 0
-                if steps > 0:
-                    single[part, code << 16 - length : code + 1 << 16 - length] = (
-                        steps << 5 | length + extra
-                    )
-                code, at = code + 1, at + 1
-            code <<= 1
-    for part in range(2):
-        for look in range(1 << _LOOK):
-            bits, steps = 0, 0
-            while steps < _END:
-                entry = single[min(part + steps, 1), (look << 16 - _LOOK + bits) & 0xFFFF]
-                if entry == 0 or bits + (entry & _BITS) > _LOOK:
-                    break
-                bits, steps = bits + (entry & _BITS), steps + (entry >> 5)
-            chained[part, look] = steps << 5 | bits if bits else _LONG << 5
+            if kind == _AC and extra_bits == 0:
+                # A baseline JPEG has two of these symbols; the others remain unknown.
+                if zeros == 0:
+                    advance = _END_OF_BLOCK
+                elif zeros == 15:
+                    advance = 16
+                else:
+                    advance = 0
+            if advance > 0:
+                first = code << _ONE_BITS - length
+                end = code + 1 << _ONE_BITS - length
+                one[first:end] = advance << _ADVANCE_SHIFT | length + extra_bits
+            code += 1
+            at += 1
+        code <<= 1
     return True
 
 
-def _walk(data: Any, start: int, mcus: int, plan: Any, chained: Any, single: Any) -> bool:
-    """Whether all blocks can be followed to their end, and the end of the image comes right after it."""
-    # The next bits from the top, how many there are, and the next byte; unsigned, since a negative index costs a test.
-    buffer, held, at, size = uint64(0), 0, uint64(start), uint64(len(data))
-    one, two, three = uint64(1), uint64(2), uint64(3)
+def _fill_many_python(one: Any, many: Any) -> None:
+    """Fill the tables of many symbols of a component from its tables of one symbol."""
+    for kind in range(2):
+        for bits in range(1 << _MANY_BITS):
+            used = 0
+            advance = 0
+            while advance < _END_OF_BLOCK:
+                next_kind = _DC if kind == _DC and advance == 0 else _AC
+                rest = (bits << _ONE_BITS - _MANY_BITS + used) & 0xFFFF
+                entry = one[next_kind, rest]
+                if entry == 0 or used + (entry & _BITS_MASK) > _MANY_BITS:
+                    break
+                used += entry & _BITS_MASK
+                advance += entry >> _ADVANCE_SHIFT
+            if used == 0:
+                advance = _TOO_LONG
+            many[kind, bits] = advance << _ADVANCE_SHIFT | used
+
+
+def _walk_blocks_python(  # noqa: C901, PLR0912  # as several functions, it was up to 20 % slower
+    data: Any, start: int, mcus: int, blocks: Any, many: Any, one: Any
+) -> bool:
+    """Whether all blocks can be followed to their end, and the image ends right after them.
+
+    Args:
+        data: The file, uint8.
+        start: Where its entropy-coded data begin.
+        mcus: Number of MCUs.
+        blocks: For each block of an MCU, the index of its codes in the tables.
+        many: See `_lookup_tables`.
+        one: See `_lookup_tables`.
+    """
+    buffer = uint64(0)  # the next bits, from the top
+    held = 0  # how many bits are in it
+    at = uint64(start)  # of the next byte; unsigned, since a negative index would cost a test
+    size = uint64(len(data))
     for _ in range(mcus):
-        for which in plan:
-            k, part = 0, 0  # coefficients of this block so far; AC symbols follow the first one
-            while k < 64:
-                if held < 32:  # a symbol has 31 at most
+        for codes in blocks:
+            position = 0  # of the next coefficient in this block
+            kind = _DC
+            while position < _COEFFICIENTS:
+                if held < 32:  # refill it: a symbol and its extra bits are 31 at most
                     word = uint64(0xFF)
-                    if at + three < size:
-                        word = uint64(data[at]) << uint64(24) | uint64(data[at + one]) << uint64(16)
-                        word |= uint64(data[at + two]) << uint64(8) | uint64(data[at + three])
-                    if (~word - uint64(0x01010101)) & word & uint64(
-                        0x80808080
-                    ) == 0:  # no byte is 0xFF
+                    if at + uint64(3) < size:
+                        word = uint64(data[at]) << uint64(24)
+                        word |= uint64(data[at + uint64(1)]) << uint64(16)
+                        word |= uint64(data[at + uint64(2)]) << uint64(8)
+                        word |= uint64(data[at + uint64(3)])
+                    no_byte_is_ff = (~word - uint64(0x01010101)) & word & uint64(0x80808080) == 0
+                    if no_byte_is_ff:
                         buffer |= word << uint64(32 - held)
-                        held, at = held + 32, at + uint64(4)
+                        held += 32
+                        at += uint64(4)
                     else:
-                        while held <= 56 and at + one < size:
+                        while held <= 56 and at + uint64(1) < size:
                             byte = uint64(data[at])
                             if byte == 0xFF:
-                                if data[at + one] != 0:  # a marker: no more bits
+                                if data[at + uint64(1)] != 0:  # a marker: no more bits
                                     break
-                                at += one
+                                at += uint64(1)  # a 0 is stuffed in after each 0xFF
                             buffer |= byte << uint64(56 - held)
-                            held, at = held + 8, at + one
-                entry: Any = np.int64(chained[which, part, buffer >> uint64(64 - _LOOK)])
-                after = k + (entry >> 5)
-                if (
-                    64 < after < _END or after >= _END + 64
-                ):  # a long symbol, or some of the next block as well
-                    entry = np.int64(single[which, part, buffer >> uint64(48)])
-                    after = k + (entry >> 5)
-                    if entry == 0 or 64 < after < _END:
+                            held += 8
+                            at += uint64(1)
+                entry: Any = np.int64(many[codes, kind, buffer >> uint64(64 - _MANY_BITS)])
+                after = position + (entry >> _ADVANCE_SHIFT)
+                # If the first symbol is too long for this table, or some symbols are of the next
+                # block, look up the first symbol alone.
+                if _COEFFICIENTS < after < _END_OF_BLOCK or after >= _END_OF_BLOCK + _COEFFICIENTS:
+                    entry = np.int64(one[codes, kind, buffer >> uint64(64 - _ONE_BITS)])
+                    after = position + (entry >> _ADVANCE_SHIFT)
+                    if entry == 0 or _COEFFICIENTS < after < _END_OF_BLOCK:
                         return False
-                buffer <<= uint64(entry & _BITS)
-                held -= entry & _BITS
-                k, part = after, 1
+                buffer <<= uint64(entry & _BITS_MASK)
+                held -= entry & _BITS_MASK
+                position = after
+                kind = _AC
             if held < 0:  # a marker, or the end of the file, came first
                 return False
-    return bool(held < 8 and at + one < size and data[at] == 0xFF and data[at + one] == 0xD9)
+    ends_in_marker = at + uint64(1) < size and data[at] == 0xFF and data[at + uint64(1)] == 0xD9
+    return bool(held < 8 and ends_in_marker)
 
 
-_unkept = {function: _compiled()(function) for function in (_fill, _walk)}
-try:
-    _kernels = {function: _compiled(cache=True)(function) for function in (_fill, _walk)}
-except RuntimeError:  # neither this folder nor the user's can be written
-    _kernels = dict(_unkept)
-
-
-def _run(function: Callable[..., Any], *arguments: object) -> Any:
-    """A kernel that is kept on disk; where that cannot be read or written, one that is not."""
-    try:
-        return _kernels[function](*arguments)
-    except Exception as error:  # a damaged file raises anything, a full disk OSError
-        if _kernels[function] is _unkept[function]:
-            raise
-        warnings.warn(
-            f"Numba's cache cannot be used, so that each run compiles anew: {error!r}", stacklevel=2
-        )
-        _kernels[function] = _unkept[function]
-        return _unkept[function](*arguments)
+_fill_one = CachedKernel(_fill_one_python, _KERNEL_OPTIONS)
+_fill_many = CachedKernel(_fill_many_python, _KERNEL_OPTIONS)
+_walk_blocks = CachedKernel(_walk_blocks_python, _KERNEL_OPTIONS)

@@ -1,4 +1,7 @@
-"""What is written: JPEGs that every decoder reads alike, passed through where they are so already."""
+"""Images as standard JPEGs, which every decoder reads alike; those that are standard pass through.
+
+`jpeg_check.py` has the fast check of whether a JPEG is intact.
+"""
 
 from __future__ import annotations
 
@@ -11,79 +14,114 @@ import simplejpeg
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from ..images import BadImage, decode, image_size, open_image
-from . import jpeg_check
+from .jpeg_check import is_intact
 
-QUALITY = 96  # of what is encoded, unless asked otherwise: from 96 on libjpeg-turbo takes its accurate DCT
-UNTOUCHED = "passed through"
-_MOST_SIDE = 65_500  # pixels, of a JPEG: libjpeg neither writes nor reads more
+DEFAULT_QUALITY = 96  # from 96 on, libjpeg-turbo uses its accurate DCT
+PASSED_THROUGH = "passed through"
+_LARGEST_SIDE = 65_500  # pixels of a JPEG: libjpeg neither writes nor reads more
 
 
-class Jpeg(NamedTuple):
-    """An image that every decoder reads to the same pixels, and what was done to make it so."""
+class StandardJpeg(NamedTuple):
+    """A JPEG that every decoder reads to the same pixels: YCbCr, RGB or grey, and intact."""
 
     data: bytes
     height: int
     width: int
-    done: str = UNTOUCHED
+    treatment: str = PASSED_THROUGH  # what was done to make it so
 
 
-def as_jpeg(
+def to_standard_jpeg(
     data: bytes, max_side: int | None, short_side: int | None, quality: int | None, validate: bool
-) -> Jpeg:
-    """An encoded image as a JPEG that is plain YCbCr, RGB or grey, its sides at most those, in pixels.
+) -> StandardJpeg:
+    """Convert an encoded image to a standard JPEG; one that is standard passes through untouched.
 
-    One that is so already is passed through; `quality` also encodes again what was encoded with more than that (96 is
-    the quality of the others where it is None). Others are decoded by the rules above, resized (bicubic, antialiased),
-    and encoded with the chroma of their JPEG, or all of it. `validate` decodes what is passed through as well: raises
-    `BadImage` where `decode` would, and encodes again what only Pillow can read. `BadImage` for what no JPEG can hold.
+    All others are decoded as in training, resized (bicubic, antialiased), and encoded with the
+    chroma subsampling that their JPEG had, or none.
+
+    Args:
+        data: The encoded image.
+        max_side: The longer side of the result, in pixels, at most.
+        short_side: The shorter side of the result, in pixels, at most.
+        quality: JPEG quality of what is encoded; JPEGs of a higher quality are re-encoded as well.
+            None: `DEFAULT_QUALITY`, and quality alone is no reason to re-encode.
+        validate: Also check the compressed data of what passes through, and re-encode images that
+            only Pillow can read.
+
+    Raises:
+        BadImage: The image cannot be decoded (see `decode`), or is too large for a JPEG.
     """
     height, width = image_size(data)
-    longer, shorter = max(height, width), min(height, width)
-    shrink = min(1, (max_side or longer) / longer, (short_side or shorter) / shorter)
-    size = max(1, round(height * shrink)), max(1, round(width * shrink))
-    done, subsampling = (
-        _plain(data, height, width) if data[:2] == b"\xff\xd8" else ("from other formats", "444")
-    )
-    if done == UNTOUCHED:
+    size = _bounded_size(height, width, max_side, short_side)
+
+    if _is_jpeg(data):
+        treatment, subsampling = _examine_jpeg(data, height, width)
+    else:
+        treatment, subsampling = "from other formats", "444"
+    if treatment == PASSED_THROUGH:
         if size != (height, width):
-            done = "resized"
-        elif quality is not None and _jpeg_quality(data) > quality:
-            done = "encoded with less quality"
-        elif not validate or _is_whole(data):
-            return Jpeg(data, height, width)
-        else:
-            done = "repaired"
-    if max(size) > _MOST_SIDE:
+            treatment = "resized"
+        elif quality is not None and _estimate_quality(data) > quality:
+            treatment = "encoded with less quality"
+        elif validate and not _decodes_without_warning(data):
+            treatment = "repaired"
+    if treatment == PASSED_THROUGH:
+        return StandardJpeg(data, height, width)
+
+    if max(size) > _LARGEST_SIDE:
         raise BadImage(
-            f"{size[1]} x {size[0]} pixels: a JPEG has at most {_MOST_SIDE:,} on a side; try --max-side"
+            f"{size[1]} x {size[0]} pixels: a JPEG has at most {_LARGEST_SIDE:,} on a side; "
+            f"try --max-side"
         )
-    pixels = decode(data, height, width)
+    pixels = decode(data, height, width)  # [3, H, W]
     if size != (height, width):
-        packed = pixels.permute(1, 2, 0)[None].permute(
-            0, 3, 1, 2
-        )  # [1, 3, H, W], whose strides say: channels last
-        pixels = F.interpolate(packed, size, mode="bicubic", antialias=True)[0]
+        pixels = _resize(pixels, size)
     rows = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # [H, W, 3]
     # Pillow's encoder would keep the GIL.
-    return Jpeg(simplejpeg.encode_jpeg(rows, quality or QUALITY, "RGB", subsampling), *size, done)
+    encoded = simplejpeg.encode_jpeg(rows, quality or DEFAULT_QUALITY, "RGB", subsampling)
+    return StandardJpeg(encoded, *size, treatment)
 
 
-def check(data: bytes, height: int, width: int) -> None:
-    """Raises `BadImage` where `decode` would, in half of the time for a JPEG."""
-    plain = (
-        data[:2] == b"\xff\xd8"
+def check_decodes(data: bytes, height: int, width: int) -> None:
+    """Raise `BadImage` if `decode` would; for a standard JPEG in half of the time."""
+    is_standard = (
+        _is_jpeg(data)
         and image_size(data) == (height, width)
-        and _plain(data, height, width)[0] == UNTOUCHED
+        and _examine_jpeg(data, height, width)[0] == PASSED_THROUGH
     )
-    if not (plain and _is_whole(data)):
+    if not is_standard or not _decodes_without_warning(data):
         decode(data, height, width)
 
 
-def _is_whole(data: bytes) -> bool:
-    """Whether a plain JPEG decodes without a warning: an eighth of its size needs all of the entropy-coded data."""
-    if jpeg_check.is_whole(data):
+def _is_jpeg(data: bytes) -> bool:
+    return data[:2] == b"\xff\xd8"
+
+
+def _bounded_size(
+    height: int, width: int, max_side: int | None, short_side: int | None
+) -> tuple[int, int]:
+    """Height and width, reduced by one factor until both bounds hold."""
+    longer = max(height, width)
+    shorter = min(height, width)
+    factor = min(1, (max_side or longer) / longer, (short_side or shorter) / shorter)
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize uint8 pixels [3, H, W] to `size`."""
+    # [1, 3, H, W] with the strides of channels_last
+    batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return F.interpolate(batch, size, mode="bicubic", antialias=True)[0]
+
+
+def _decodes_without_warning(data: bytes) -> bool:
+    """Whether libjpeg-turbo decodes a standard JPEG without an error or a warning.
+
+    Decoding to an eighth of the size reads all of the entropy-coded data.
+    """
+    if is_intact(data):
         return True
     try:
         simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1)
@@ -92,21 +130,21 @@ def _is_whole(data: bytes) -> bool:
     return True
 
 
-def _plain(data: bytes, height: int, width: int) -> tuple[str, str]:
-    """What has to be done to a JPEG that libjpeg-turbo does not read like any other; and its chroma subsampling."""
+def _examine_jpeg(data: bytes, height: int, width: int) -> tuple[str, str]:
+    """The treatment that the header of a JPEG asks for, and its chroma subsampling."""
     try:
-        *size, colours, subsampling = simplejpeg.decode_jpeg_header(data)
-    except (ValueError, KeyError):  # 4:4:1
+        *size, colors, subsampling = simplejpeg.decode_jpeg_header(data)
+    except (ValueError, KeyError):  # KeyError: 4:4:1
         return "repaired", "444"
     if tuple(size) != (height, width):
         return "repaired", "444"
-    if colours not in ("YCbCr", "RGB", "Gray"):
+    if colors not in ("YCbCr", "RGB", "Gray"):
         return "from CMYK", "444"
-    return UNTOUCHED, subsampling if subsampling in ("422", "420") else "444"
+    return PASSED_THROUGH, subsampling if subsampling in ("422", "420") else "444"
 
 
-def _jpeg_quality(data: bytes) -> int:
-    """The quality, 1 to 100, whose standard luminance table is the nearest to that of a JPEG."""
+def _estimate_quality(data: bytes) -> int:
+    """The quality, 1 to 100, with the standard luminance table that is closest to a JPEG's."""
     with open_image(data) as image:
         coarseness = sum(image.quantization[0])  # type: ignore[attr-defined]
     return int(np.abs(_standard_coarseness() - coarseness).argmin()) + 1

@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -26,7 +26,6 @@ from ..formats import FORMATS, EncodedSample
 from ..formats.index import sidecar_path
 from ..images import BadImage
 from ..order import Samples
-from .jpeg_encoding import StandardJpeg, to_standard_jpeg
 from .journal import (
     REJECTED,
     ConversionProgress,
@@ -38,11 +37,13 @@ from .journal import (
     progress_of,
     read_journal,
 )
+from .jpeg_encoding import StandardJpeg, to_standard_jpeg
 from .plan import Plan
 from .source_types import Source
 from .work_folder import WorkFolder
 
-_CHUNK_BYTES = 1 << 20  # that a thread prepares at a time: a hand-over costs as much as a small image
+# A thread prepares a chunk at a time, since handing it over costs as much as a small image.
+_CHUNK_BYTES = 1 << 20
 _LARGEST_CHUNK = 64  # images
 
 
@@ -146,11 +147,11 @@ def _open_shard(task: ShardTask, source: Source) -> Iterator[_UnfinishedShard]:
         ValueError: Another process writes this shard.
     """
     paths = task.folder.shard_files(task.name)
-    with ExitStack() as opened:
-        file, journal, rejects = (
-            opened.enter_context(_open_unbuffered(path))
-            for path in (paths.unfinished, paths.journal, paths.rejects)
-        )
+    with (
+        _open_unbuffered(paths.unfinished) as file,
+        _open_unbuffered(paths.journal) as journal,
+        _open_unbuffered(paths.rejects) as rejects,
+    ):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # a worker of a cluster outlives the command that it works for
@@ -199,13 +200,9 @@ class _UnfinishedShard:
                 reasons.append(self._reject(image))
                 rows.append(self._reject_row(image))
                 continue
+            position = self._position + len(rows)
             before, after = self._frame(
-                self._end,
-                self._position + len(rows),
-                image.number,
-                (image.jpeg.height, image.jpeg.width),
-                image.jpeg.data,
-                image.checksum,
+                self._end, position, image.number, image.jpeg, image.checksum
             )
             records += (before, image.jpeg.data, after)
             offset = self._end + len(before)
@@ -245,7 +242,7 @@ class _UnfinishedShard:
             width=jpeg.width,
             file=self._task.shard,
             offset=offset,
-            bytes=len(jpeg.data),
+            size=len(jpeg.data),
             checksum=image.checksum,
             end=self._end,
             source=image.number,
@@ -259,7 +256,7 @@ class _UnfinishedShard:
             width=0,
             file=self._task.shard,
             offset=0,
-            bytes=0,
+            size=0,
             checksum=0,
             end=self._end,
             source=image.number,
@@ -274,23 +271,16 @@ class _UnfinishedShard:
         return reject_line(image.number, name, image.reason)
 
     def _frame(
-        self,
-        offset: int,
-        position: int,
-        number: int,
-        size: tuple[int, int],
-        image: bytes,
-        checksum: int,
+        self, offset: int, position: int, number: int, jpeg: StandardJpeg, checksum: int
     ) -> tuple[bytes, bytes]:
         """The bytes before and after an image in the file."""
-        height, width = size
         sample = EncodedSample(
             key=self._first_position + position,
             name=self._source.name(number),
             label=int(self._source.labels[number]),
-            height=height,
-            width=width,
-            image=image,
+            height=jpeg.height,
+            width=jpeg.width,
+            image=jpeg.data,
             checksum=checksum,
         )
         return self._format.frame(offset, sample)
@@ -332,8 +322,8 @@ class _UnfinishedShard:
         checksum = int(row["checksum"])
         if not row["treatment"] or google_crc32c.value(image) != checksum:
             return False
-        size = (int(row["height"]), int(row["width"]))
-        before, after = self._frame(start, position, int(row["source"]), size, image, checksum)
+        jpeg = StandardJpeg(image, int(row["height"]), int(row["width"]))
+        before, after = self._frame(start, position, int(row["source"]), jpeg, checksum)
         return record == before + image + after
 
 

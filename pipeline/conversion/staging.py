@@ -1,4 +1,10 @@
-"""Encoded images to convert, as whoever converts them sees them; and the spool, for what can be read only once."""
+"""Copies images that can be read only once, or only over a network, to a staging file.
+
+From there they are read at random, in the shuffled order of a conversion. The file is called
+`spool`: for each image its name, then its bytes. When it is complete, `spool.npz` is written beside
+it, with the places of the images, their labels, and the identity of what was copied, so that a
+conversion that is resumed does not copy again.
+"""
 
 from __future__ import annotations
 
@@ -6,122 +12,143 @@ import hashlib
 import operator
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formats.index import ROW, class_names, save_index
+from ..formats.index import ROW, save_index
 from ..formats.record_store import RecordStore
-from ..images import BadImage
-from ..stores import Progress, join_names, split_names
-from ..stores.folder import check_folders, check_kind
+from ..stores import Progress, class_names, join_names, no_progress, split_names
+from .source_types import RecordSource, Source, fits_index
 
 Label = int | str | None
-Item = tuple[str, bytes | str, Label]  # name; the encoded image, or why there is none; label
 
 _MOST_CLASSES = 1 << 20  # without names: larger numbers are no classes, but identifiers
+_IMAGES_BETWEEN_REPORTS = 256
+_BUFFER_BYTES = 1 << 20
 
 
-class Source(Protocol):
-    """Encoded images in a fixed order. Thread-safe."""
+class Item(NamedTuple):
+    """An image as it comes."""
 
-    classes: list[str]  # [] where the images carry no labels
-    labels: NDArray[np.int32]  # [n], -1 where there is none
-    rejects: dict[str, str]  # what was left out when it was opened, and why
-    identity: str  # a digest of names, labels and what more is known unread: it tells whether the source has changed
-
-    def __len__(self) -> int: ...
-
-    def read(self, i: int) -> bytes:
-        """The encoded image; `BadImage` where it cannot be read, OSError where the whole source is out of reach."""
-
-    def name(self, i: int) -> str:
-        """What the source calls it, on every machine."""
+    name: str
+    image: bytes | str  # encoded; or, as a str, the reason why there is none
+    label: Label
 
 
-class Files:
-    """Files below `root`. No header is read: whoever converts them reads them whole anyway."""
-
-    def __init__(
-        self,
-        root: Path,
-        paths: list[str],
-        classes: list[str],
-        labels: NDArray[np.int32],
-        rejects: dict[str, str],
-    ) -> None:
-        self.root, self.paths, self.classes, self.labels, self.rejects = (
-            root,
-            paths,
-            classes,
-            labels,
-            rejects,
-        )
-        self.identity = digest(join_names(paths), join_names(classes), labels)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, i: int) -> bytes:
-        try:
-            check_kind(os.stat(path := os.path.join(self.root, self.paths[i])))
-            with open(path, "rb") as file:
-                if (size := os.fstat(file.fileno()).st_size) >= 1 << 31:
-                    raise BadImage(f"it has {size:,} bytes")
-                return file.read()
-        except OSError as error:
-            check_folders(self.root, self.paths[i], error)
-            raise BadImage(error.strerror or str(error)) from error
+class StagedSource(RecordSource):
+    """The images of a staging file."""
 
     def name(self, i: int) -> str:
-        return self.paths[i]
-
-
-class Records:
-    """A data set of ours. `names` stands for names that its index does not hold."""
-
-    def __init__(self, store: RecordStore, names: str = "") -> None:
-        self.store, self.classes, self.rejects = store, store.classes, store.rejects
-        self.labels, *places = (
-            store.index[field].copy() for field in ("label", "file", "offset", "bytes")
-        )
-        self.identity = digest(join_names([names]), join_names(self.classes), self.labels, *places)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, i: int) -> bytes:
-        (image,) = self.store.read_batch(np.array([i]))
-        if not image:
-            raise BadImage("it cannot be read")
-        return image
-
-    def name(self, i: int) -> str:
-        return os.path.relpath(self.store.name(i), self.store.path.parent)
-
-
-def digest(*parts: NDArray[Any]) -> str:
-    return hashlib.sha256(
-        b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)
-    ).hexdigest()[:16]
-
-
-class Spooled(Records):
-    """Names and encoded images by turns in the file `spool`; beside it `spool.npz`, written when it is complete."""
-
-    def name(self, i: int) -> str:
-        start = sum(self.store.index[i - 1][["offset", "bytes"]].item()) if i else 0
+        start = 0
+        if i > 0:
+            offset, size = self.store.index[i - 1][["offset", "bytes"]].item()
+            start = offset + size
+        end = int(self.store.index[i]["offset"])
         with open(self.store.path, "rb") as file:
             file.seek(start)
-            return os.fsdecode(file.read(int(self.store.index[i]["offset"]) - start))
+            return os.fsdecode(file.read(end - start))
 
 
-def spool(
+class LabelNumbering:
+    """Numbers the labels of a data set, image by image.
+
+    If its classes are known, a label is the name of a class or its number. If not, all labels have
+    to be numbers, which are kept, or all have to be names, which are collected.
+    """
+
+    def __init__(self, classes: list[str]) -> None:
+        """`classes` may be filled until the first label comes."""
+        self._classes = classes
+        self._known: dict[str, int] = {}  # by name, from `classes`
+        self._collected: dict[str, int] = {}  # by name, in the order in which they came
+        self._has_numbers = False
+
+    def number(self, image: str, label: object) -> int:
+        """The number of a label, -1 for None.
+
+        Raises:
+            ValueError: It is no label; the message begins with the name of the image.
+        """
+        number: int | None = None
+        if label is None:
+            number = -1
+        elif isinstance(label, str):
+            number = self._number_of_name(label)
+        elif isinstance(label, int | np.integer):
+            number = self._check_number(int(label))
+        if number is None:
+            numbers = "known numbers" if self._classes else "all of them numbers"
+            raise ValueError(
+                f"{image} has the label {label!r}: labels are {numbers} from 0 on, or names, "
+                f"or None"
+            )
+        return number
+
+    def _number_of_name(self, name: str) -> int | None:
+        if self._has_numbers and not self._classes:
+            return None
+        if self._classes and not self._collected:
+            if not self._known:
+                self._known = {known: number for number, known in enumerate(self._classes)}
+            return self._known.get(name)
+        return self._collected.setdefault(name, len(self._collected))
+
+    def _check_number(self, number: int) -> int | None:
+        if self._collected:
+            return None
+        self._has_numbers = True
+        most = len(self._classes) or _MOST_CLASSES
+        return number if 0 <= number < most else None
+
+    def settle(self, labels: NDArray[np.int32]) -> tuple[list[str], NDArray[np.int32]]:
+        """The names of the classes, and the labels with their final numbers.
+
+        Collected names are numbered alphabetically, as those of a folder of images are.
+        """
+        if not self._collected:
+            return self._classes or class_names(labels), labels
+        classes = sorted(self._collected)
+        final = {name: number for number, name in enumerate(classes)}
+        final_by_number = np.array([final[name] for name in self._collected], dtype=np.int32)
+        settled = labels.copy()
+        labelled = labels >= 0
+        settled[labelled] = final_by_number[labels[labelled]]
+        return classes, settled
+
+
+def stage_images(
+    images: Iterable[tuple[bytes, Label]],
+    classes: Sequence[str],
+    scratch: Path,
+    identity: str = "",
+    progress: Progress = no_progress,
+) -> Source:
+    """Encoded images with labels, read once; 50 bytes an image stay in memory.
+
+    Args:
+        images: Pairs of an encoded image and its label: a number, a name, or None.
+        classes: Names of the classes. Empty: the labels are numbers, or any names.
+        scratch: Folder of the staging file.
+        identity: If given, a complete staging file of this identity in `scratch` is used again,
+            and `images` is not read.
+        progress: Called with the number of images so far, and of all.
+
+    Raises:
+        ValueError: A label is something else, or no image can be used.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    items = (Item(f"image {i}", image, label) for i, (image, label) in enumerate(images))
+    total = operator.length_hint(images)
+    return stage(items, list(classes), scratch, identity, progress, total)
+
+
+def stage(
     items: Iterable[Item],
     classes: list[str],
     scratch: Path,
@@ -129,102 +156,118 @@ def spool(
     progress: Progress,
     total: int = 0,
 ) -> Source:
-    """`items`, copied unless they have been. Whatever makes them may fill `classes` before it gives the first."""
-    file, index = scratch / "spool", scratch / "spool.npz"
-    with (
-        suppress(Exception),
-        open(index, "rb") as told,
-        np.load(told, allow_pickle=False) as saved,
-    ):  # damaged, it is made again
-        about, known, rejected, why = (
-            split_names(saved[key]) for key in ("about", "classes", "rejects", "reasons")
-        )
-        if identity and about[0] == identity and saved["sizes"].tolist() == [file.stat().st_size]:
-            rejects = dict(zip(rejected, why, strict=True))
-            return Spooled(RecordStore(file, [file], saved["rows"], known, rejects), about[1])
+    """Images copied to the folder `scratch`, unless a complete copy of `identity` is there.
+
+    The iterator that makes `items` may fill `classes` before it yields the first one.
+    """
+    file = scratch / "spool"
+    index = scratch / "spool.npz"
+    staged = _load_staged(file, index, identity)
+    if staged is not None:
+        return staged
+
     index.unlink(missing_ok=True)
-    offsets, sizes, labels, rejects, numbers = (
-        array("q"),
-        array("i"),
-        array("i"),
-        {},
-        dict[Any, int](),
-    )
-    names, at, seen = hashlib.sha256(), 0, 0
-    with open(file, "wb", buffering=1 << 20) as out:
-        for seen, (name, image, label) in enumerate(items, 1):
-            if seen % 256 == 0:
-                progress(seen, max(seen, total))
-            if isinstance(image, str) or not 0 < len(image or b"") < 1 << 31:
-                rejects[name.replace("\0", "")] = (
-                    image if isinstance(image, str) else "it is empty, or has 2 GiB"
-                )
-                continue
-            labels.append(_number(name, label, classes, numbers))
-            called = os.fsencode(name)
-            names.update(called + b"\0%d," % google_crc32c.value(image))  # it is all read anyway
-            offsets.append(at + out.write(called))
-            sizes.append(out.write(image))
-            at = offsets[-1] + sizes[-1]
+    numbering = LabelNumbering(classes)
+    count = 0
+    with open(file, "wb", buffering=_BUFFER_BYTES) as out:
+        copy = _Copy(out, numbering)
+        for count, item in enumerate(items, 1):
+            if count % _IMAGES_BETWEEN_REPORTS == 0:
+                progress(count, max(count, total))
+            copy.add(item)
         out.flush()
         os.fsync(out.fileno())
-    progress(seen, seen)
-    if not sizes:
-        first = next((f"; the first, {name}: {reason}" for name, reason in rejects.items()), "")
-        raise ValueError(
-            f"{identity.partition(chr(10))[0] or 'the source'} holds no image that can be used{first}"
-        )
-    rows = np.zeros(len(sizes), dtype=ROW)
-    rows["label"], rows["offset"], rows["bytes"] = labels, offsets, sizes
-    if not classes and (classes := sorted(name for name in numbers if isinstance(name, str))):
-        place = {text: number for number, text in enumerate(classes)}
-        rows["label"] = np.array([*(place[text] for text in numbers), -1])[
-            rows["label"]
-        ]  # numbered as they came
-    classes = classes or class_names(rows["label"])
-    about = [identity, names.hexdigest()]
-    texts = {"about": about, "classes": classes, "rejects": rejects, "reasons": rejects.values()}
-    save_index(index, [file], rows, **{key: join_names(some) for key, some in texts.items()})
-    return Spooled(RecordStore(file, [file], rows, classes, rejects), about[1])
+    progress(count, count)
+    if not len(copy):
+        raise ValueError(_describe_empty(identity, copy.rejects))
+
+    rows = copy.rows()
+    settled_classes, rows["label"] = numbering.settle(rows["label"])
+    texts: dict[str, Iterable[str]] = {
+        "about": [identity, copy.names_digest()],
+        "classes": settled_classes,
+        "rejects": copy.rejects,
+        "reasons": copy.rejects.values(),
+    }
+    save_index(index, [file], rows, **{key: join_names(text) for key, text in texts.items()})
+    store = RecordStore(file, [file], rows, settled_classes, copy.rejects)
+    return StagedSource(store, copy.names_digest())
 
 
-def _number(name: str, label: Any, classes: list[str], numbers: dict[Any, int]) -> int:
-    """The number of a label. `numbers` has those of `classes` and their numbers, or of what came so far."""
-    if label is None:
-        return -1
-    if classes and not numbers:
-        numbers.update(
-            (known, number) for number, text in enumerate(classes) for known in (text, number)
-        )
-    if (
-        isinstance(label, int | np.integer)
-        and not classes
-        and type(next(iter(numbers), 0)) is not str
+def _load_staged(file: Path, index: Path, identity: str) -> StagedSource | None:
+    """The images of a complete staging file of this identity; None if there is none."""
+    with (
+        suppress(Exception),  # of a damaged index: the file is made again
+        open(index, "rb") as opened,
+        np.load(opened, allow_pickle=False) as saved,
     ):
-        numbers.setdefault(label, int(label))
-    if isinstance(label, str) and not classes and type(next(iter(numbers), "")) is str:
-        numbers.setdefault(label, len(numbers))
-    number = numbers.get(label, -1) if isinstance(label, str | int | np.integer) else -1
-    if not 0 <= number < _MOST_CLASSES:
-        known = "known" if classes else "all of them"
-        raise ValueError(
-            f"{name} has the label {label!r}: labels are {known} numbers from 0 on, or names, or None"
-        )
-    return number
+        saved_identity, names_digest = split_names(saved["about"])
+        is_complete = saved["sizes"].tolist() == [file.stat().st_size]
+        if identity and saved_identity == identity and is_complete:
+            names = split_names(saved["rejects"])
+            reasons = split_names(saved["reasons"])
+            rejects = dict(zip(names, reasons, strict=True))
+            classes = split_names(saved["classes"])
+            store = RecordStore(file, [file], saved["rows"], classes, rejects)
+            return StagedSource(store, names_digest)
+    return None
 
 
-def spooled(
-    images: Iterable[tuple[bytes, Label]],
-    classes: Sequence[str],
-    scratch: Path,
-    identity: str = "",
-    progress: Progress = lambda done, total: None,
-) -> Source:
-    """Encoded images with labels, read once; 50 bytes an image stay in memory.
+class _Copy:
+    """The part of a staging file that is written: where each image is, and its label."""
 
-    Labels are numbers, or names: of `classes`, or, where it is empty, of whatever comes. Where `identity` is given, a
-    complete spool of this identity in `scratch` is used again, and `images` not read. ValueError for other labels.
-    """
-    scratch.mkdir(parents=True, exist_ok=True)
-    items = ((f"image {i}", image, label) for i, (image, label) in enumerate(images))
-    return spool(items, list(classes), scratch, identity, progress, operator.length_hint(images))
+    def __init__(self, out: Any, numbering: LabelNumbering) -> None:
+        self.rejects: dict[str, str] = {}
+        self._out = out
+        self._numbering = numbering
+        self._end = 0
+        self._offsets = array("q")
+        self._sizes = array("i")
+        self._labels = array("i")
+        self._names = hashlib.sha256()
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def add(self, item: Item) -> None:
+        name, image, label = item
+        if isinstance(image, str):
+            self._reject(name, image)
+            return
+        if not image or not fits_index(len(image)):
+            self._reject(name, "it is empty, or has 2 GiB")
+            return
+        self._labels.append(self._numbering.number(name, label))
+        encoded_name = os.fsencode(name)
+        # The images are part of the digest since they are all read anyway.
+        self._names.update(encoded_name + b"\0%d," % google_crc32c.value(image))
+        offset = self._end + len(encoded_name)
+        self._out.write(encoded_name)
+        self._out.write(image)
+        self._offsets.append(offset)
+        self._sizes.append(len(image))
+        self._end = offset + len(image)
+
+    def names_digest(self) -> str:
+        """A digest of all names and checksums."""
+        return self._names.hexdigest()
+
+    def rows(self) -> NDArray[Any]:
+        """The rows of the index."""
+        rows = np.zeros(len(self), dtype=ROW)
+        rows["label"] = self._labels
+        rows["offset"] = self._offsets
+        rows["bytes"] = self._sizes
+        return rows
+
+    def _reject(self, name: str, reason: str) -> None:
+        self.rejects[name.replace("\0", "")] = reason  # \0 separates names in the index
+
+
+def _describe_empty(identity: str, rejects: Mapping[str, str]) -> str:
+    source = identity.partition("\n")[0] or "the source"
+    message = f"{source} holds no image that can be used"
+    if not rejects:
+        return message
+    name, reason = next(iter(rejects.items()))
+    return f"{message}; the first, {name}: {reason}"

@@ -1,4 +1,4 @@
-"""Reads a converted data set again, all of it, and compares it with what it should be."""
+"""Reads all of a converted data set again, and compares it with its index and with its source."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -17,12 +17,22 @@ from ..formats.record_store import RecordStore
 from ..images import BadImage
 from ..machine import single_threaded_workers, usable_cores
 from ..order import Samples
-from ..stores import Progress, Store
-from .jpeg_encoding import check
-from .shard_writer import Plan, prepare
-from .sources import Source, open_source
+from ..stores import Progress, Store, no_progress
+from .jpeg_encoding import check_decodes
+from .plan import Plan
+from .shard_writer import prepare_image
+from .source_types import Source
+from .sources import open_source
 
-_TOGETHER = 32  # images that a thread takes at a time
+_CHUNK_IMAGES = 32  # that a thread takes at a time
+
+
+class _Origin(NamedTuple):
+    """Where the samples of a store come from."""
+
+    source: Source
+    plan: Plan
+    numbers: Samples  # of each sample in the source
 
 
 def verify_store(
@@ -30,136 +40,181 @@ def verify_store(
     against: str | Path | None = None,
     *,
     threads: int | None = None,
-    progress: Progress = lambda done, total: None,
-    listing: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
+    listing: Progress = no_progress,
 ) -> list[str]:
-    """What is wrong with the data at `path`, a line each: [] where they are as they were written.
+    """Read the data at `path` again, and return what is wrong with them, one line for each problem.
 
-    Files, tables and sidecars are compared with the index, images with their checksums, and each image is decoded.
-    against: the source, from which each image is made again and compared, as is what was left out of it. ValueError
-    where `path` holds no data set of FORMATS, or does not say how it was made, though `against` is given.
+    Files, tables and sidecars are compared with the index, images with their checksums, and each
+    image is decoded. With `against`, each image is also made again from its source and compared,
+    and so is each image that was left out.
+
+    Args:
+        path: A data set in one of FORMATS.
+        against: The source that it was converted from.
+        threads: Threads that read and decode. None: one per core that this process may use.
+        progress: Called with (done, total), in images.
+        listing: Called with (done, total) while data set and source are indexed.
+
+    Raises:
+        ValueError: There is no such data set, or, with `against`, it does not say how it was made.
     """
     path = Path(path)
-    name = find_format(path)
-    if name is None:
+    format = find_format(path)
+    if format is None:
         raise ValueError(f"{path} holds none of {', '.join(FORMATS)}")
-    store = FORMATS[name].open(path, listing)
-    problems = [f"left out: {where}: {why}" for where, why in store.rejects.items()]
+    store = FORMATS[format].open(path, listing)
+    problems = [f"left out: {where}: {reason}" for where, reason in store.rejects.items()]
     for number, file in enumerate(store.files):
-        problems += _compare_file(store, number, file, name)
+        problems += _compare_file(store, number, file, format)
+
+    if against is None:
+        return problems + _compare_images(store, None, threads, progress)
     with tempfile.TemporaryDirectory(prefix="twinfeed-") as scratch:
-        source = None if against is None else open_source(against, listing, Path(scratch))
-        made = None if source is None else _made_from(path, store, source, problems)
-        if source is not None and made is None:
-            return problems
-        pool = single_threaded_workers(threads or usable_cores(), "verify")
-        try:
-            chunks = [
-                np.arange(i, min(i + _TOGETHER, len(store)))
-                for i in range(0, len(store), _TOGETHER)
-            ]
-            for done, found in enumerate(
-                pool.map(lambda chunk: list(_compare(store, chunk, source, made)), chunks), 1
-            ):
-                problems += found
-                progress(min(done * _TOGETHER, len(store)), len(store))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        source = open_source(against, listing, Path(scratch))
+        origin, source_problems = _find_origin(path, store, source)
+        problems += source_problems
+        if origin is not None:
+            problems += _compare_images(store, origin, threads, progress)
     return problems
 
 
 def _compare_file(store: RecordStore, number: int, file: Path, format: str) -> Iterator[str]:
-    """The index and DALI's sidecar against what stands in a file."""
-    scanned, rows = FORMATS[format].scan(file), store.index[store.index["file"] == number]
+    """What differs between a file, the index, and DALI's sidecar."""
+    scanned = FORMATS[format].scan(file)
     yield from (f"{file}: {name}: {reason}" for name, reason in scanned.rejects.items())
-    places = [(image.offset, image.bytes) for image in scanned.found]
-    if store.checksums and places != rows[["offset", "bytes"]].tolist():
-        yield f"{file} holds {len(places)} images, not the {len(rows)} of its index, or elsewhere"
-    elif store.checksums and rows["label"].tolist() != [
-        -1 if i.label is None else i.label for i in scanned.found
-    ]:
-        yield f"{file} has other labels than its index"
-    beside = sidecar_path(file)
-    if scanned.sidecar and beside.exists() and beside.read_text() != scanned.sidecar:
-        yield f"{beside} does not describe {file.name}: delete it, it is made again"
+
+    if store.checksums:
+        rows = store.index[store.index["file"] == number]
+        places = [(image.offset, image.bytes) for image in scanned.found]
+        labels = [-1 if image.label is None else image.label for image in scanned.found]
+        if places != rows[["offset", "bytes"]].tolist():
+            yield (
+                f"{file} holds {len(places)} images, but its index has {len(rows)}, "
+                f"or other places of them"
+            )
+        elif labels != rows["label"].tolist():
+            yield f"{file} has other labels than its index"
+
+    sidecar = sidecar_path(file)
+    if scanned.sidecar and sidecar.exists() and sidecar.read_text() != scanned.sidecar:
+        yield f"{sidecar} does not describe {file.name}: delete it, it is made again"
 
 
-def _compare(
-    store: RecordStore, samples: Samples, source: Source | None, made: tuple[Plan, Samples] | None
-) -> Iterator[str]:
-    """What is wrong with some of the images."""
-    for sample, row, data in zip(
-        samples, store.index[samples], store.read_batch(samples), strict=True
-    ):
-        checksum, problem = google_crc32c.value(data), ""
+def _compare_images(
+    store: RecordStore, origin: _Origin | None, threads: int | None, progress: Progress
+) -> list[str]:
+    """What is wrong with the images."""
+
+    def compare(samples: Samples) -> list[str]:
+        return list(_compare_chunk(store, samples, origin))
+
+    problems: list[str] = []
+    starts = range(0, len(store), _CHUNK_IMAGES)
+    chunks = [np.arange(start, min(start + _CHUNK_IMAGES, len(store))) for start in starts]
+    pool = single_threaded_workers(threads or usable_cores(), "verify")
+    try:
+        for chunk, chunk_problems in zip(chunks, pool.map(compare, chunks), strict=True):
+            problems += chunk_problems
+            progress(int(chunk[-1]) + 1, len(store))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return problems
+
+
+def _compare_chunk(store: RecordStore, samples: Samples, origin: _Origin | None) -> Iterator[str]:
+    for sample, data in zip(samples.tolist(), store.read_batch(samples), strict=True):
+        row = store.index[sample]
+        problem = ""
         try:
-            check(data, int(row["height"]), int(row["width"]))
+            check_decodes(data, int(row["height"]), int(row["width"]))
         except BadImage as error:
             problem = str(error)
-        if store.checksums and checksum != row["checksum"]:
+        if store.checksums and google_crc32c.value(data) != row["checksum"]:
             problem = "it is not what was written: its checksum differs"
-        elif source is not None and made is not None:
-            plan, numbers = made
-            again = prepare(source, int(numbers[sample]), plan)
-            name = source.name(int(numbers[sample]))
-            if isinstance(again, str):
-                problem = f"{name} gave it, which is bad now: {again}"
-            elif google_crc32c.value(again.data) != checksum:
-                problem = f"{name} gives another image now"
-            elif source.labels[numbers[sample]] != row["label"]:
-                problem = f"its label is {row['label']}, but that of {name} {source.labels[numbers[sample]]}"
+        elif origin is not None:
+            problem = _compare_with_origin(sample, data, int(row["label"]), origin) or problem
         if problem:
-            yield f"{store.name(int(sample))}: {problem}"
+            yield f"{store.name(sample)}: {problem}"
 
 
-def _made_from(
-    path: Path, store: Store, source: Source, problems: list[str]
-) -> tuple[Plan, Samples] | None:
-    """How the data were made, and which image of the source each sample is; None, and a problem, where it is not it."""
-    told: dict[str, Any] | None = read_description(path).get("plan")
-    if told is None:
-        raise ValueError(
-            f"{path} does not say how it was made: there is no {path.name}.json of convert.py beside it"
-        )
-    try:
-        plan = Plan(**told)
-    except TypeError as error:
-        raise ValueError(
-            f"{path.name}.json is of another version of convert.py ({error}): convert anew"
-        ) from error
-    rejects = path.with_name(path.name + ".rejects.jsonl")
-    try:
-        lines = (
-            [json.loads(line) for line in rejects.read_text().splitlines()]
-            if rejects.exists()
-            else []
-        )
-        left_out = [int(line["source"]) for line in lines if line["source"] is not None]
-        if not all(0 <= number < plan.images for number in left_out):
-            raise ValueError("it names what is not in the source")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path}.json or {rejects.name} is damaged ({error}): restore it, or convert anew"
-        ) from error
+def _compare_with_origin(sample: int, data: bytes, label: int, origin: _Origin) -> str:
+    """What differs between a sample and the image of the source that it was made from, or ""."""
+    number = int(origin.numbers[sample])
+    name = origin.source.name(number)
+    image = prepare_image(origin.source, number, origin.plan)
+    source_label = origin.source.labels[number]
+    if image.jpeg is None:
+        return f"it was made from {name}, which is bad now: {image.reason}"
+    if image.checksum != google_crc32c.value(data):
+        return f"{name} gives another image now"
+    if source_label != label:
+        return f"its label is {label}, but that of {name} is {source_label}"
+    return ""
+
+
+def _find_origin(path: Path, store: Store, source: Source) -> tuple[_Origin | None, list[str]]:
+    """Which image of the source each sample is, and problems; None if it is another source."""
+    description = read_description(path)
+    plan = _read_plan(path, description)
+    left_out = _read_left_out(path, plan)
     if (source.identity, len(source)) != (plan.identity, plan.images):
-        problems.append(
-            f"the source holds {len(source)} images that are not the {plan.images} that it was made from"
-        )
-        return None
-    if read_description(path).get("classes") != list(source.classes):
-        problems.append(
-            f"{path}.json names other classes than the source: {', '.join(source.classes)[:200]}"
-        )
+        return None, [
+            f"the source holds {len(source)} images that are not the {plan.images} "
+            f"that it was made from"
+        ]
+
+    problems: list[str] = []
+    if description.get("classes") != list(source.classes):
+        classes = ", ".join(source.classes)[:200]
+        problems.append(f"{path}.json names other classes than the source: {classes}")
     problems += [
         f"{source.name(number)} was left out, but is good now"
         for number in left_out
-        if not isinstance(prepare(source, number, plan), str)
+        if prepare_image(source, number, plan).jpeg is not None
     ]
     numbers = plan.order()
     numbers = numbers[~np.isin(numbers, left_out)]
     if len(numbers) != len(store):
         problems.append(
-            f"{path} holds {len(store)} images, but {rejects.name} leaves {len(numbers)}"
+            f"{path} holds {len(store)} images, but {_rejects_path(path).name} "
+            f"leaves {len(numbers)}"
         )
-        return None
-    return plan, numbers
+        return None, problems
+    return _Origin(source, plan, numbers), problems
+
+
+def _read_plan(path: Path, description: dict[str, Any]) -> Plan:
+    recorded = description.get("plan")
+    if recorded is None:
+        raise ValueError(
+            f"{path} does not say how it was made: there is no {path.name}.json of convert.py "
+            f"beside it"
+        )
+    try:
+        return Plan(**recorded)
+    except TypeError as error:
+        raise ValueError(
+            f"{path.name}.json is of another version of convert.py ({error}): convert again"
+        ) from error
+
+
+def _read_left_out(path: Path, plan: Plan) -> list[int]:
+    """The numbers in the source of the images that were left out."""
+    rejects = _rejects_path(path)
+    if not rejects.exists():
+        return []
+    try:
+        sources = [json.loads(line)["source"] for line in rejects.read_text().splitlines()]
+        left_out = [int(number) for number in sources if number is not None]
+        if not all(0 <= number < plan.images for number in left_out):
+            raise ValueError("it names images that are not in the source")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path}.json or {rejects.name} is damaged ({error}): restore it, or convert again"
+        ) from error
+    return left_out
+
+
+def _rejects_path(path: Path) -> Path:
+    return path.with_name(path.name + ".rejects.jsonl")

@@ -1,20 +1,18 @@
-"""Writes a data set in one of FORMATS: in a seeded global shuffle, checked in passing, and to be continued if killed.
+"""Converts a data set to one of FORMATS: in a seeded global shuffle, and resumable after a kill.
 
-A conversion is a `Plan`, from which every byte follows. Work in progress lies in `<target>.partial`: each file grows
-beside a journal of what is in it, which says where to go on; at the end all is moved into place at once.
+A conversion follows a plan (`plan.py`), from which every byte follows. Its work in progress lies in
+`<target>.partial` (`work_folder.py`), where each shard grows beside a journal of what is in it
+(`shard_writer.py`, `journal.py`). At the end all is moved into place.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, as_completed
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import version
@@ -22,338 +20,311 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..files import atomic_write
 from ..formats import FORMATS
 from ..formats.index import index_path, read_description, save_index
 from ..machine import single_threaded_workers, usable_cores
-from ..stores import Progress
-from .shard_writer import (
-    REJECTED,
-    ConversionProgress,
-    Plan,
-    index_rows,
-    json_line,
-    read_journal,
-    work_files,
-    write_file,
-)
+from ..stores import Progress, no_progress
+from .journal import REJECTED, ConversionProgress, index_rows, read_journal
 from .options import ConversionOptions
-from .sources import Source, open_source, spooled
+from .plan import Plan, describe_differences, make_plan
+from .shard_writer import ShardTask, reject_line, write_shard
+from .source_types import Source
+from .sources import open_source
+from .staging import Label, stage_images
+from .work_folder import WorkFolder
 
-_LIBRARIES = (
-    "numpy",
-    "pillow",
-    "simplejpeg",
-    "torch",
-)  # that decide the bytes of what is encoded again
+_LIBRARIES = ("numpy", "pillow", "simplejpeg", "torch")  # decide the bytes of re-encoded images
+
+OnProgress = Callable[[ConversionProgress, int], None]  # what is done, images in all
 
 
 class ConversionResult(NamedTuple):
-    """What became of a data set."""
+    """What a conversion has written."""
 
     path: Path
     images: int
     rejects: int
-    done: dict[str, int]  # what was done to how many images
+    treatments: dict[str, int]  # what was done to the images -> to how many of them
     bytes: int
-    new: bool  # False where the same conversion was there already
+    new: bool  # False if the same conversion had been done before
 
 
 def write_store(
-    source: str | Path | Iterable[tuple[bytes, int | str | None]],
+    source: str | Path | Iterable[tuple[bytes, Label]],
     target: str | Path,
-    options: ConversionOptions = ConversionOptions(),  # noqa: B008
+    options: ConversionOptions = ConversionOptions(),  # noqa: B008  # immutable
     *,
     executor: Executor | None = None,
-    progress: Callable[[ConversionProgress, int], None] = lambda written, images: None,
-    listing: Progress = lambda done, total: None,
+    progress: OnProgress = lambda done, images: None,
+    listing: Progress = no_progress,
 ) -> ConversionResult:
-    """Writes `source` to `target` (.beton, or a folder of shards), which appears when it is whole.
+    """Convert `source` to `target` (.beton, or a folder of shards), which appears when complete.
 
-    source: what `open_source` reads, or encoded images with labels (numbers, or names of classes). format: one of
-    FORMATS, where the suffix of `target` does not say it. shards: how many, or as many as take `shard_size` images
-    each. max_side, short_side (pixels), quality and validate: see `as_jpeg`. strict: ValueError at the first bad image,
-    instead of leaving it out. executor: writes the shards somewhere else, on a file system that is shared with it; it
-    must be able to import this module, and to open `source` by its name. progress(how far, images in all).
+    The same call resumes a conversion that was killed.
 
-    The same call goes on where one was killed. ValueError where `target` holds anything else, where somebody else is
-    writing it, or where nothing in `source` can be used.
+    Example:
+        >>> options = ConversionOptions(max_side=400)
+        >>> write_store("photos", "photos.beton", options)
+
+    Args:
+        source: What `open_source` reads, or encoded images with labels: numbers, names of classes,
+            or None.
+        target: Where to write.
+        options: How to write it.
+        executor: Writes the shards in other processes, which share a file system with this one,
+            can import this module, and can open `source` by its name.
+        progress: Called with what is done, and the number of images in all.
+        listing: Called with (done, total) while the source is indexed or copied.
+
+    Raises:
+        ValueError: `target` holds something else, another process is writing it, or no image of
+            `source` can be used.
+        OSError: A disk or network fails.
     """
     target = Path(os.path.abspath(target))
-    strict = options.strict
-    format = options.format or next(
-        (name for name, f in FORMATS.items() if target.suffix == f.SUFFIX), ""
-    )
-    if format not in FORMATS:
-        known = ", ".join(FORMATS)
+    format = _choose_format(options.format, target)
+    location = _locate(source)
+    if executor and not (FORMATS[format].SHARDED and location):
         raise ValueError(
-            f"{target.name} does not say which format it is to have: choose one of {known} (--format)"
+            "a cluster writes shards, of a source that it can open itself: "
+            "choose webdataset or tfrecord"
         )
-    if not FORMATS[format].SHARDED and target.suffix != FORMATS[format].SUFFIX:
-        raise ValueError(
-            f"{target.name} is one file of the format {format}: call it {target.name}{FORMATS[format].SUFFIX}"
-        )
-    if executor and not (FORMATS[format].SHARDED and isinstance(source, (str, Path))):
-        raise ValueError(
-            "a cluster writes shards, of a source that it can open by itself: webdataset or tfrecord"
-        )
-    spelled, partial = _spelled(source), target.with_name(target.name + ".partial")
-    if spelled and os.path.realpath(spelled) == os.path.realpath(target):
-        raise ValueError(f"{target} is the source: name another target")
-    told = read_description(target).get("plan")
-    for path in (
-        target,
-        target.with_name(target.name + ".json"),
-    ):  # somebody's annotations may be called so
-        if path.exists() and not isinstance(told, dict):
-            raise ValueError(
-                f"{path} is there already, not made by this program: move it, or name another target"
-            )
-    with _claimed(partial):
+    if location and os.path.realpath(location) == os.path.realpath(target):
+        raise ValueError(f"{target} is the source: choose another target")
+    recorded = _read_recorded_plan(target)
+
+    folder = WorkFolder(target.with_name(target.name + ".partial"))
+    with folder.claim():
         if isinstance(source, (str, Path)):
-            opened = open_source(spelled, listing, partial / "spool")
+            opened = open_source(location, listing, folder.staging)
         else:
-            opened = spooled(source, [], partial / "spool")
-        plan = Plan(
-            source=spelled,
-            identity=opened.identity,
-            images=len(opened),
-            format=format,
-            shards=max(1, min(options.shards or -(-len(opened) // options.shard_size), len(opened)))
-            if FORMATS[format].SHARDED
-            else 1,
-            seed=options.seed,
-            max_side=options.max_side,
-            short_side=options.short_side,
-            quality=options.quality,
-            validate=options.validate,
-        )
-        if os.path.lexists(target):  # or a link to what is not there
-            changes = _differences(told or {}, plan)
-            if not (changes and (partial / "plan.json").exists()):
-                shutil.rmtree(partial)
-            if changes:
-                raise ValueError(
-                    f"{target} is there already, made otherwise ({changes}): delete it, or name another"
-                )
-            return _report(target, new=False)
-        if not len(opened):
-            raise ValueError(f"{source} holds no image")
-        for name, why in opened.rejects.items() if strict else ():
-            raise ValueError(f"{name}: {why}")
-        _settle(plan, partial)
+            opened = stage_images(source, [], folder.staging)
+        plan = make_plan(location, opened, format, options)
+        if os.path.lexists(target):  # also if it is a link that leads nowhere
+            _check_same_conversion(target, recorded, plan, folder)
+            return _read_result(target, new=False)
+        _check_source(source, opened, options.strict)
+
+        folder.follow(plan)
+        tasks = [
+            ShardTask(plan, shard, name, folder, options.strict)
+            for shard, name in enumerate(plan.file_names(target))
+        ]
         if executor:
-            _write_elsewhere(plan, target, partial, strict, executor, progress)
+            _write_in_executor(tasks, executor, progress)
         else:
-            _write_here(
-                plan, opened, target, partial, strict, options.threads or usable_cores(), progress
+            _write_in_threads(tasks, opened, options.threads or usable_cores(), progress)
+        _publish(plan, opened, folder, target)
+        return _read_result(target, new=True)
+
+
+# ── before a conversion ─────────────────────────────────────────────────────────────────────────
+
+
+def _choose_format(name: str | None, target: Path) -> str:
+    """The format by its name, or by the suffix of the target."""
+    if name is None:
+        by_suffix = {format.SUFFIX: name for name, format in FORMATS.items()}
+        name = by_suffix.get(target.suffix)
+    if name not in FORMATS:
+        raise ValueError(
+            f"the format of {target.name} is not known from its name: "
+            f"choose one of {', '.join(FORMATS)} (--format)"
+        )
+    format = FORMATS[name]
+    if not format.SHARDED and target.suffix != format.SUFFIX:
+        raise ValueError(
+            f"{target.name} will be one file of the format {name}: "
+            f"call it {target.name}{format.SUFFIX}"
+        )
+    return name
+
+
+def _locate(source: Any) -> str:
+    """A path or URL with which a process in another folder finds the source; "" for an iterable."""
+    if not isinstance(source, (str, Path)):
+        return ""
+    is_url = re.match(r"[\w+]{2,}:", str(source))
+    return str(source) if is_url else os.path.abspath(source)
+
+
+def _read_recorded_plan(target: Path) -> Mapping[str, Any]:
+    """The plan of an earlier conversion to `target`; {} if there is nothing.
+
+    Raises:
+        ValueError: There is something else, such as annotations in `<target>.json`.
+    """
+    recorded = read_description(target).get("plan")
+    if isinstance(recorded, dict):
+        return recorded
+    for path in (target, target.with_name(target.name + ".json")):
+        if path.exists():
+            raise ValueError(
+                f"{path} already exists, and was not made by convert.py: move it, "
+                f"or choose another target"
             )
-        _put_in_place(plan, opened, target, partial)
-        return _report(target, new=True)
+    return {}
 
 
-# ── all files ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _write_here(
-    plan: Plan,
-    source: Source,
-    target: Path,
-    partial: Path,
-    strict: bool,
-    threads: int,
-    progress: Callable[[ConversionProgress, int], None],
+def _check_same_conversion(
+    target: Path, recorded: Mapping[str, Any], plan: Plan, folder: WorkFolder
 ) -> None:
-    """One file after the other, images in threads."""
+    """Raise ValueError unless the target was made with this plan. Removes needless work folders."""
+    differences = describe_differences(recorded, plan)
+    is_unfinished = bool(differences) and folder.has_plan()  # a conversion that may be resumed
+    if not is_unfinished:
+        folder.remove()
+    if differences:
+        raise ValueError(
+            f"{target} already exists, and was made with another plan ({differences}): "
+            f"delete it, or choose another target"
+        )
+
+
+def _check_source(name: object, source: Source, strict: bool) -> None:
+    """Raise ValueError if the source is empty, or has a reject although none is allowed."""
+    if not len(source):
+        raise ValueError(f"{name} holds no image")
+    if strict and source.rejects:
+        reject, reason = next(iter(source.rejects.items()))
+        raise ValueError(f"{reject}: {reason}")
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _write_in_threads(
+    tasks: list[ShardTask], source: Source, threads: int, progress: OnProgress
+) -> None:
+    """Write one shard after the other; threads prepare the images."""
     total = ConversionProgress()
 
-    def wrote(more: ConversionProgress) -> None:
+    def add(more: ConversionProgress) -> None:
         nonlocal total
-        total = ConversionProgress(*(a + b for a, b in zip(total, more, strict=True)))
-        progress(total, plan.images)
+        total = total.plus(more)
+        progress(total, len(source))
 
     pool = single_threaded_workers(threads, "convert")
     try:
-        for shard, name in enumerate(plan.files(target)):
-            write_file(
-                plan, source, shard, partial / "data" / name, strict, pool, 2 * threads + 1, wrote
-            )
+        for task in tasks:
+            write_shard(task, source, pool, 2 * threads + 1, add)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _write_elsewhere(
-    plan: Plan,
-    target: Path,
-    partial: Path,
-    strict: bool,
-    executor: Executor,
-    progress: Callable[[ConversionProgress, int], None],
-) -> None:
-    """The files as tasks of an executor."""
+def _write_in_executor(tasks: list[ShardTask], executor: Executor, progress: OnProgress) -> None:
+    """Write the shards as tasks of an executor."""
     total = ConversionProgress()
-    tasks = [
-        executor.submit(write_one, plan, shard, str(partial / "data" / name), strict)
-        for shard, name in enumerate(plan.files(target))
-    ]
+    futures = [executor.submit(write_shard_remotely, task) for task in tasks]
     try:
-        for task in as_completed(tasks):
-            total = ConversionProgress(*(a + b for a, b in zip(total, task.result(), strict=True)))
-            progress(total, plan.images)
+        for future in as_completed(futures):
+            total = total.plus(future.result())
+            progress(total, tasks[0].plan.images)
     finally:
-        for task in tasks:
-            task.cancel()
+        for future in futures:
+            future.cancel()
 
 
-def write_one(plan: Plan, shard: int, final: str, strict: bool) -> tuple[int, int, int]:
-    """One file of a conversion, in whatever process this is: how much was `ConversionProgress`."""
-    source = _source_elsewhere(plan.source, str(Path(final).parent.parent / "spool"), plan.identity)
-    counts: list[ConversionProgress] = []
+def write_shard_remotely(task: ShardTask) -> ConversionProgress:
+    """Write one shard in whatever process this is; return how much that was."""
+    plan = task.plan
+    source = _open_remotely(plan.source, task.folder.staging, plan.identity)
+    total = ConversionProgress()
+
+    def add(more: ConversionProgress) -> None:
+        nonlocal total
+        total = total.plus(more)
+
     pool = single_threaded_workers(1, "convert")
     try:
-        write_file(plan, source, shard, Path(final), strict, pool, 3, counts.append)
+        write_shard(task, source, pool, 3, add)
     finally:
         pool.shutdown(cancel_futures=True)
-    images, rejects, size = map(sum, zip(*counts, strict=True))
-    return images, rejects, size
+    return total
 
 
 @lru_cache(1)
-def _source_elsewhere(source: str, scratch: str, identity: str) -> Source:
-    opened = open_source(source, lambda done, total: None, Path(scratch))
-    if opened.identity != identity:
+def _open_remotely(location: str, staging: Path, identity: str) -> Source:
+    source = open_source(location, no_progress, staging)
+    if source.identity != identity:
         raise ValueError(
-            f"{source} is another data set on this machine: mount the same one on all of them"
+            f"{location} is another data set on this machine: mount the same one on all machines"
         )
-    return opened
+    return source
 
 
-def _spelled(source: Any) -> str:
-    """How a process that works in another folder finds the source; empty for images from Python."""
-    if not isinstance(source, (str, Path)):
-        return ""
-    return str(source) if re.match(r"[\w+]{2,}:", str(source)) else os.path.abspath(source)
+# ── after all shards are written ────────────────────────────────────────────────────────────────
 
 
-# ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _put_in_place(plan: Plan, source: Source, target: Path, partial: Path) -> None:
-    """The index and the account beside the target, then the target itself."""
-    files = [partial / "data" / name for name in plan.files(target)]
-    journals = [read_journal(work_files(file)[1]) for file in files]
-    told = np.concatenate(journals)
-    rows = index_rows(told)
-    lines = [
-        json_line({"source": None, "name": name, "reason": why})
-        for name, why in source.rejects.items()
-    ]
-    lines += [work_files(file)[2].read_bytes() for file in files]
+def _publish(plan: Plan, source: Source, folder: WorkFolder, target: Path) -> None:
+    """Write the index, the description and the rejects beside the target, then move it in place."""
+    shards = [folder.shard_files(name) for name in plan.file_names(target)]
+    files = [shard.finished for shard in shards]
+    journal = np.concatenate([read_journal(shard.journal) for shard in shards])
+    rows = index_rows(journal)
+    reject_lines = [reject_line(None, name, reason) for name, reason in source.rejects.items()]
+    reject_lines += [shard.rejects.read_bytes() for shard in shards]
+    rejects = b"".join(reject_lines)
     if not len(rows):
-        first = json.loads(b"".join(lines).splitlines()[0])
-        shutil.rmtree(partial)
+        folder.remove()
+        first = json.loads(rejects.splitlines()[0])
         raise ValueError(
-            f"none of the {plan.images} images can be used; the first, {first['name']}: {first['reason']}"
+            f"none of the {plan.images} images can be used; "
+            f"the first, {first['name']}: {first['reason']}"
         )
-    done = Counter(word.decode() for word in told["done"] if word != REJECTED)
-    account = {
+
+    rejects_path = target.with_name(target.name + ".rejects.jsonl")
+    rejects_path.unlink(missing_ok=True)
+    if rejects:
+        with atomic_write(rejects_path) as file:
+            file.write(rejects)
+
+    # Written in the work folder, so that a kill leaves nothing of it elsewhere.
+    save_index(folder.index, files, rows)
+    os.replace(folder.index, index_path(target))
+
+    description = _describe(plan, source, journal, files)
+    with atomic_write(target.with_name(target.name + ".json")) as file:
+        file.write(json.dumps(description, indent=1).encode() + b"\n")
+
+    os.replace(folder.data if FORMATS[plan.format].SHARDED else files[0], target)
+    folder.remove()
+
+
+def _describe(
+    plan: Plan, source: Source, journal: NDArray[Any], files: list[Path]
+) -> dict[str, Any]:
+    """The contents of `<target>.json`."""
+    written = journal[journal["treatment"] != REJECTED]
+    treatments = Counter(treatment.decode() for treatment in written["treatment"])
+    return {
         "format": plan.format,
-        "images": len(rows),
-        "rejects": plan.images - len(rows) + len(source.rejects),
-        "done": dict(sorted(done.items())),
+        "images": len(written),
+        "rejects": plan.images - len(written) + len(source.rejects),
+        "done": dict(sorted(treatments.items())),
         "bytes": sum(file.stat().st_size for file in files),
         "files": [file.name for file in files],
         "classes": list(source.classes),
         "plan": asdict(plan),
         "versions": {library: version(library) for library in _LIBRARIES},
     }
-    rejects_path = target.with_name(target.name + ".rejects.jsonl")
-    rejects_path.unlink(missing_ok=True)
-    if account["rejects"]:
-        _write_whole(rejects_path, b"".join(lines))
-    save_index(
-        partial / "index.npz", files, rows
-    )  # whatever a kill leaves of it goes with the folder
-    os.replace(partial / "index.npz", index_path(target))
-    _write_whole(
-        target.with_name(target.name + ".json"), json.dumps(account, indent=1).encode() + b"\n"
-    )
-    os.replace(partial / "data" if FORMATS[plan.format].SHARDED else files[0], target)
-    shutil.rmtree(partial)
 
 
-def _report(target: Path, new: bool) -> ConversionResult:
-    account = read_description(target)
+def _read_result(target: Path, new: bool) -> ConversionResult:
+    description = read_description(target)
     try:
         return ConversionResult(
-            target, account["images"], account["rejects"], account["done"], account["bytes"], new
+            path=target,
+            images=description["images"],
+            rejects=description["rejects"],
+            treatments=description["done"],
+            bytes=description["bytes"],
+            new=new,
         )
     except KeyError as error:
         raise ValueError(
-            f"{target}.json is damaged (it lacks {error}): restore it, or convert anew"
+            f"{target}.json is damaged (it lacks {error}): restore it, or convert again"
         ) from error
-
-
-def _settle(plan: Plan, partial: Path) -> None:
-    """Makes `partial` the working folder of this plan; ValueError where it is that of another one."""
-    told = partial / "plan.json"
-    try:
-        changes = told.exists() and _differences(json.loads(told.read_text()), plan)
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{told} is damaged ({error}): delete {partial}, and begin again"
-        ) from error
-    if changes:
-        raise ValueError(
-            f"{partial} holds a conversion that was begun otherwise ({changes}): finish it, or delete it"
-        )
-    (partial / "data").mkdir(exist_ok=True)
-    (partial / "journal").mkdir(exist_ok=True)
-    _write_whole(told, json.dumps(asdict(plan)).encode())
-
-
-def _differences(told: dict[str, Any], plan: Plan) -> str:
-    """What another plan has instead. Names alone do not tell a data set from its copy of another size."""
-    now = asdict(plan)
-    other = [(name, told.get(name), now.get(name)) for name in {**now, **told}]
-    return ", ".join(
-        f"{name} {then} instead of {wanted}" for name, then, wanted in other if then != wanted
-    )
-
-
-@contextmanager
-def _claimed(partial: Path) -> Iterator[None]:
-    """Takes the working folder for this process, and removes it again if nothing came to be in it."""
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = partial / "lock"
-    with open(lock, "w") as file:
-
-        def is_ours() -> bool:  # whoever is done removes it, and the next one makes another
-            with suppress(FileNotFoundError):
-                return os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
-            return False
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not is_ours():
-                raise BlockingIOError
-        except BlockingIOError:
-            raise ValueError(
-                f"another conversion is writing {partial}: wait for it, or name another target"
-            ) from None
-        try:
-            yield
-        except OSError as error:
-            error.add_note("once that is set right, the same command goes on")
-            raise
-        finally:
-            if is_ours() and not any(
-                path.is_file() and path != lock for path in partial.rglob("*")
-            ):
-                shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
