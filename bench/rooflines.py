@@ -3,7 +3,7 @@
 A stage cannot be faster than the one thing that it has to do: reading cannot be faster than
 copying memory, decoding not faster than a bare call of libjpeg-turbo, a training step not faster
 than its multiplications alone. The throughput of that one thing is the stage's roofline. The
-fraction of it that a stage reaches says how much there is left to gain.
+fraction of it that a stage reaches shows how much there is left to gain.
 
 Each roofline is the best of several repeats, on as many threads as the stage has. What a training
 step has to multiply and to move is counted in `step_cost.py`.

@@ -210,7 +210,7 @@ def describe_settings(options: BenchOptions, stages: Stages, ranks: RankGroup) -
 
 
 def verdict_of_rank(measured: StageRates, ranks: RankGroup) -> list[str]:
-    """The verdict; among several ranks, its first sentence says that it is about each of them."""
+    """The verdict. Among several ranks, it begins with a note that it is about each of them."""
     first, *others = verdict(measured)
     if ranks.world_size > 1:
         first = f"On each of {ranks.world_size} ranks, while all of them work: {first}"

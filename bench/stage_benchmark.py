@@ -146,7 +146,7 @@ class StageBenchmark:
             perfect_scaling = self._threads * self.measured.rates[ONE_CORE]
             roofline = Roofline(perfect_scaling, f"{self._threads} x one core")
         else:
-            # The step has not been measured yet, and is no part of the feed.
+            # The step has not been measured yet, and is not part of the feed.
             roofline = Roofline(self._bound_of_parts(without_step(self.measured)), _SUM_OF_PARTS)
         self._measure(FEED, self._stages.feed, self._chip, roofline)
 

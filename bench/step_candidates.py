@@ -28,7 +28,7 @@ def step_variants(device: torch.device, quick: bool) -> tuple[list[StepVariant],
     """Our variants, in order, and why they are compiled or not.
 
     The first is the authors' step with our loss and LARS, and the last with a "+" is the step that
-    `train.py` takes on machines where it compiles.
+    `train.py` takes if it compiles the network.
     """
     on_gpu = device.type == "cuda"
     best_precision = model.choose_precision("auto", device)
