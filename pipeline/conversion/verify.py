@@ -86,8 +86,8 @@ def _compare_file(store: RecordStore, number: int, file: Path, format: str) -> I
 
     if store.checksums:
         rows = store.index[store.index["file"] == number]
-        places = [(image.offset, image.bytes) for image in scanned.found]
-        labels = [-1 if image.label is None else image.label for image in scanned.found]
+        places = [(image.offset, image.bytes) for image in scanned.images]
+        labels = [-1 if image.label is None else image.label for image in scanned.images]
         if places != rows[["offset", "bytes"]].tolist():
             yield (
                 f"{file} holds {len(places)} images, but its index has {len(rows)}, "

@@ -54,7 +54,7 @@ class FfcvDecoder(CpuDecoder):
         beton, self.beton_samples = _find_beton(store)
         self.path = beton.path
         self.file_size = beton.path.stat().st_size
-        self.is_raw = beton.raw[self.beton_samples]  # stored as pixels, not as a JPEG
+        self.is_raw = beton.is_raw[self.beton_samples]  # stored as pixels, not as a JPEG
 
         fields = Reader(str(self.path)).handlers
         image_field = next(

@@ -1,14 +1,15 @@
-"""FFCV's format, one file: a header, tables of the fields and of the samples, the encoded images, and where they lie.
+"""FFCV's beton format, in one file: a header, tables of fields and samples, images, allocations.
 
-Compatible with FFCV 1.0.2 in both directions, without importing it. An image's entry gives its address but not its
-size: that stands in the allocation table at the end, which has entries for other fields too, in any order.
+Compatible with FFCV 1.0.2 in both directions, without importing it. The entry of an image in the
+table of samples holds its address but not its size. The size is in the allocation table at the end
+of the file, which has entries for other fields too, in any order.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,19 +18,12 @@ from ..images import PPM
 from ..order import Samples
 from ..stores import Progress
 from .format import EncodedSample
-from .index import (
-    MOST_CLASSES,
-    ROW,
-    Found,
-    Scan,
-    check_classes,
-    index_path,
-    load_index,
-    read_description,
-)
+from .index import MOST_CLASSES, ROW, check_classes, index_path, load_index, read_description
 from .record_store import RecordStore
+from .scanning import Scan, ScannedImage
 
-SUFFIX, SHARDED = ".beton", False
+SUFFIX = ".beton"
+SHARDED = False
 
 _VERSION = 2
 _HEADER = np.dtype(
@@ -42,11 +36,11 @@ _HEADER = np.dtype(
     ]
 )
 _FIELD = np.dtype([("kind", "u1"), ("name", "S16"), ("arguments", "V1024")])
-_IMAGE = np.dtype(
-    [("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("address", "<u8")]
-)  # 13 bytes, not aligned
+# The entry of an image takes 13 bytes; it is not aligned.
+_IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("address", "<u8")])
 _BYTES = np.dtype([("address", "<u8"), ("size", "<u8")])
-# By kind: float, int, image, bytes, array, JSON, tensor. Any other is known to nobody but who wrote it.
+# An entry of each kind of field: float, int, image, bytes, array, JSON, tensor. Fields can have
+# kinds of their own, which only their writer knows.
 _KINDS = [
     np.dtype("<f8"),
     np.dtype("<i8"),
@@ -56,62 +50,75 @@ _KINDS = [
     _BYTES,
     np.dtype("<u8"),
 ]
-_INT, _RGB = 1, 2
-_JPEG, _RAW = 0, 1
+_INT_KIND = 1
+_IMAGE_KIND = 2
+_JPEG_MODE = 0
+_RAW_MODE = 1
 _ALLOCATION = np.dtype([("sample", "<u8"), ("address", "<u8"), ("size", "<u8")])
 
-_PAGE = 8 << 20  # bytes, a power of two, as FFCV's writer has it
+_SMALLEST_PAGE = 8 << 20  # bytes, a power of two, as in FFCV's writer
+_MOST_IMAGE_BYTES = (1 << 31) - 1  # of `ROW`
+_REMEDY = "copy it again, or convert the images anew"
 
 
 def begin(samples: int) -> bytes:
-    return bytes(_HEADER.itemsize + 2 * _FIELD.itemsize + samples * _samples([_RGB, _INT]).itemsize)
+    entry = _sample_entry([_IMAGE_KIND, _INT_KIND])
+    return bytes(_HEADER.itemsize + 2 * _FIELD.itemsize + samples * entry.itemsize)
 
 
 def frame(offset: int, sample: EncodedSample) -> tuple[bytes, bytes]:
-    """FFCV may read a file in pages, and cannot see an image that crosses from one to the next.
+    """Pad, so that no image crosses from one page to the next: FFCV may read a file in pages.
 
-    The size of all pages is that for the largest image (see `finish`). Where smaller ones do not cross the boundaries
-    of smaller pages, they do not cross those either: each can be placed before the largest is known.
+    All pages have the size that the largest image needs (see `finish`). If smaller images do not
+    cross the boundaries of smaller pages, they do not cross those of larger ones either, so each
+    can be placed before the largest is known.
     """
     size = len(sample.image)
-    page = _page(size)
+    page = _page_size(size)
     crosses_boundary = offset % page + size > page
     padding = -offset % page if crosses_boundary else 0
     return bytes(padding), b""
 
 
 def finish(file: BinaryIO, rows: NDArray[Any]) -> None:
-    header, fields = np.zeros((), _HEADER), np.zeros(2, _FIELD)
-    samples, allocations = (
-        np.zeros(len(rows), _samples([_RGB, _INT])),
-        np.zeros(len(rows), _ALLOCATION),
-    )
+    allocations = np.zeros(len(rows), _ALLOCATION)
     allocations["sample"] = np.arange(len(rows))
-    allocations["address"], allocations["size"] = rows["offset"], rows["bytes"]
-    table_at = file.seek(0, os.SEEK_END)
+    allocations["address"] = rows["offset"]
+    allocations["size"] = rows["bytes"]
+
+    allocations_offset = file.seek(0, os.SEEK_END)
     file.write(allocations.tobytes())
-    header[...] = (
-        _VERSION,
-        len(fields),
-        _page(int(rows["bytes"].max(initial=0))),
-        len(rows),
-        table_at,
-    )
-    fields["kind"], fields["name"] = (_RGB, _INT), (b"image", b"label")
-    samples["f0"]["mode"], samples["f0"]["address"] = _JPEG, rows["offset"]
-    samples["f0"]["width"], samples["f0"]["height"], samples["f1"] = (
-        rows["width"],
-        rows["height"],
-        rows["label"],
-    )
+
+    header = np.zeros((), _HEADER)
+    header["version"] = _VERSION
+    header["fields"] = 2
+    header["page"] = _page_size(int(rows["bytes"].max(initial=0)))
+    header["samples"] = len(rows)
+    header["allocations"] = allocations_offset
+
+    fields = np.zeros(2, _FIELD)
+    fields["kind"] = (_IMAGE_KIND, _INT_KIND)
+    fields["name"] = (b"image", b"label")
+
+    samples = np.zeros(len(rows), _sample_entry([_IMAGE_KIND, _INT_KIND]))
+    images = samples["f0"]
+    images["mode"] = _JPEG_MODE
+    images["width"] = rows["width"]
+    images["height"] = rows["height"]
+    images["address"] = rows["offset"]
+    samples["f1"] = rows["label"]
+
     file.seek(0)
     file.write(header.tobytes() + fields.tobytes() + samples.tobytes())
 
 
 def scan(file: Path) -> Scan:
-    rows, _ = _read(file)
-    where = zip(*(rows[name].tolist() for name in ("offset", "bytes", "label")), strict=True)
-    return Scan([Found(f"sample {i}", *found) for i, found in enumerate(where)], "")
+    rows, _ = _read_rows(file)
+    images = [
+        ScannedImage(f"sample {i}", offset, size, label)
+        for i, (offset, size, label) in enumerate(rows[["offset", "bytes", "label"]].tolist())
+    ]
+    return Scan(images, "")
 
 
 def files(path: Path) -> list[Path]:
@@ -119,113 +126,172 @@ def files(path: Path) -> list[Path]:
 
 
 def open(path: Path, progress: Progress) -> BetonStore:
-    """Its own tables say all; where an index of ours stands beside it, they must agree, and its checksums are used."""
-    (rows, raw), ours = _read(path), load_index(path, [path])
-    if ours is not None:
-        compared = [name for name in ROW.names or () if name != "checksum"]
-        if not np.array_equal(rows[compared], ours[compared]):
+    """Open a beton by its own tables.
+
+    If an index of ours lies beside it, they must agree, and the index adds the checksums.
+    """
+    rows, is_raw = _read_rows(path)
+    index = load_index(path, [path])
+    if index is not None:
+        common = [name for name in ROW.names or () if name != "checksum"]
+        if not np.array_equal(rows[common], index[common]):
             raise ValueError(
                 f"{path} and {index_path(path)} do not agree: restore the file, or delete its index"
             )
-        rows = ours
+        rows = index
     classes = check_classes(path, read_description(path).get("classes"), rows)
-    store = BetonStore(path, [path], rows, classes, checksums=ours is not None)
-    store.raw = raw
+    store = BetonStore(path, [path], rows, classes, checksums=index is not None)
+    store.is_raw = is_raw
     return store
 
 
 class BetonStore(RecordStore):
-    """Images without compression, which FFCV can keep as well, are given as binary PPM."""
+    """The images of a beton. Uncompressed ones, which FFCV can write, are read as binary PPM."""
 
-    raw: NDArray[np.bool_]  # [n], which those are
+    is_raw: NDArray[np.bool_]  # [n], whether an image is uncompressed
 
     def read_batch(self, samples: Samples) -> list[bytes]:
-        read = super().read_batch(samples)
-        for i in np.flatnonzero(self.raw[samples]):
-            row = self.index[samples[i]]
-            read[i] = read[i] and PPM % (row["width"], row["height"]) + read[i]
-        return read
+        images = super().read_batch(samples)
+        for i in np.flatnonzero(self.is_raw[samples]):
+            if images[i]:
+                row = self.index[samples[i]]
+                images[i] = PPM % (row["width"], row["height"]) + images[i]
+        return images
 
 
-def _read(path: Path) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """`ROW`s without checksums, and which of the samples are raw; ValueError unless all that the tables say can be."""
-    size, remedy = path.stat().st_size, "copy it again, or convert the images anew"
+class _Tables(NamedTuple):
+    """The tables of a beton, and the part of the file between them, which holds the data."""
+
+    kinds: list[int]  # of the fields
+    samples: NDArray[Any]  # [n] with a part for each field, f0, f1, ...
+    allocations: NDArray[Any]  # [number of allocations] of _ALLOCATION
+    data_start: int
+    data_end: int
+
+
+def _read_rows(path: Path) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """The `ROW`s of a beton, without checksums, and which of its images are raw.
+
+    Raises:
+        ValueError: The tables are damaged, or have a field of an unknown kind or none of images.
+    """
+    tables = _read_tables(path)
+    images = tables.samples[f"f{tables.kinds.index(_IMAGE_KIND)}"]
+    rows = np.zeros(len(images), ROW)
+    rows["label"] = _find_labels(path, tables)
+    rows["height"] = images["height"]
+    rows["width"] = images["width"]
+    rows["offset"] = images["address"]
+    rows["bytes"] = _find_sizes(path, tables, images)
+    return rows, images["mode"] == _RAW_MODE
+
+
+def _read_tables(path: Path) -> _Tables:
+    size = path.stat().st_size
     with path.open("rb") as file:
 
-        def table(kind: np.dtype[Any], count: int, end: int, what: str) -> NDArray[Any]:
-            if count * kind.itemsize > end - file.tell():
-                raise ValueError(f"{path} is too short for {what}: {remedy}")
-            return np.fromfile(file, kind, count)
+        def read_table(entry: np.dtype[Any], count: int, end: int, content: str) -> NDArray[Any]:
+            if count * entry.itemsize > end - file.tell():
+                raise ValueError(f"{path} is too short for {content}: {_REMEDY}")
+            return np.fromfile(file, entry, count)
 
-        header = table(_HEADER, 1, size, "the header of a beton")[0]
-        if header["version"] != _VERSION:
-            raise ValueError(
-                f"{path} is no beton of version {_VERSION}, but {header['version']}: {remedy}"
-            )
-        count, allocations_at, page = (
-            int(header[name]) for name in ("samples", "allocations", "page")
-        )
-        if not count or page.bit_count() != 1:
-            raise ValueError(
-                f"{path} is said to hold {count} samples in pages of {page} bytes: {remedy}"
-            )
-        fields = table(_FIELD, int(header["fields"]), size, f"{header['fields']} fields")
+        header = read_table(_HEADER, 1, size, "the header of a beton")[0]
+        _check_header(path, header)
+        count = int(header["samples"])
+        allocations_offset = int(header["allocations"])
+
+        fields = read_table(_FIELD, int(header["fields"]), size, f"{header['fields']} fields")
         kinds = fields["kind"].tolist()
-        if _RGB not in kinds:
-            raise ValueError(f"{path} has no field of images: write it with an RGBImageField")
-        if max(kinds) >= len(_KINDS):
-            raise ValueError(
-                f"{path} has a field of the unknown kind {max(kinds)}: write it again without that field"
-            )
-        entries = table(_samples(kinds), count, min(size, allocations_at), f"{count:,} samples")
-        images, data_at = entries[f"f{kinds.index(_RGB)}"], file.tell()
-        if allocations_at > size or (size - allocations_at) % _ALLOCATION.itemsize:
-            raise ValueError(f"{path}: its allocation table does not end with the file: {remedy}")
-        file.seek(allocations_at)
-        allocations = np.fromfile(file, _ALLOCATION)
+        _check_kinds(path, kinds)
 
-    allocations = allocations[
-        allocations["size"] > 0
-    ]  # those of nothing have the address of the next
-    allocations = allocations[np.argsort(allocations["address"])]
-    entry = np.searchsorted(allocations["address"], images["address"])
-    found = (
-        allocations[np.minimum(entry, len(allocations) - 1)]
-        if len(allocations)
-        else np.zeros(count, _ALLOCATION)
-    )
-    pixels = images["height"].astype(np.int64) * images["width"]
-    raw = images["mode"] == _RAW
-    good = (
-        (found["address"] == images["address"])
-        & (images["address"] >= data_at)
-        & (found["size"] < 1 << 31)
-    )
-    good &= (images["address"] <= allocations_at) & (
-        found["size"] <= allocations_at - images["address"]
-    )
-    good &= (images["mode"] <= _RAW) & (pixels > 0) & (~raw | (found["size"] == 3 * pixels))
-    if not good.all():
-        bad = int(np.flatnonzero(~good)[0])
+        end = min(size, allocations_offset)
+        samples = read_table(_sample_entry(kinds), count, end, f"{count:,} samples")
+        data_start = file.tell()
+
+        if allocations_offset > size or (size - allocations_offset) % _ALLOCATION.itemsize:
+            raise ValueError(f"{path}: its allocation table does not end with the file: {_REMEDY}")
+        file.seek(allocations_offset)
+        allocations = np.fromfile(file, _ALLOCATION)
+    return _Tables(kinds, samples, allocations, data_start, allocations_offset)
+
+
+def _check_header(path: Path, header: Any) -> None:
+    if header["version"] != _VERSION:
         raise ValueError(
-            f"{path}: the image of sample {bad} cannot lie where the tables say: {remedy}"
+            f"{path} is not a beton of version {_VERSION}, but of {header['version']}: {_REMEDY}"
         )
-    labels = entries[f"f{kinds.index(_INT)}"] if _INT in kinds else np.full(count, -1)
-    if labels.min() < -1 or labels.max() >= max(count, MOST_CLASSES):
-        wrong = int(labels.min() if labels.min() < -1 else labels.max())
+    samples = int(header["samples"])
+    page = int(header["page"])
+    if samples == 0 or page.bit_count() != 1:
+        raise ValueError(
+            f"{path}: its header claims that it holds {samples} samples in pages of {page} bytes: "
+            f"{_REMEDY}"
+        )
+
+
+def _check_kinds(path: Path, kinds: list[int]) -> None:
+    if _IMAGE_KIND not in kinds:
+        raise ValueError(f"{path} has no field of images: write it with an RGBImageField")
+    if max(kinds) >= len(_KINDS):
+        raise ValueError(
+            f"{path} has a field of the unknown kind {max(kinds)}: "
+            "write it again without that field"
+        )
+
+
+def _find_sizes(path: Path, tables: _Tables, images: NDArray[Any]) -> NDArray[np.uint64]:
+    """The size in bytes of each image [n], from the allocation with its address.
+
+    Raises:
+        ValueError: An image has no allocation, or it is not within the data, or has no pixels.
+    """
+    # Allocations without bytes have the address of the next one.
+    allocations = tables.allocations[tables.allocations["size"] > 0]
+    allocations = allocations[np.argsort(allocations["address"])]
+    if len(allocations) == 0:
+        allocations = np.zeros(1, _ALLOCATION)
+    nearest = np.searchsorted(allocations["address"], images["address"])
+    own = allocations[np.minimum(nearest, len(allocations) - 1)]
+
+    address = images["address"]
+    size = own["size"]
+    valid = (own["address"] == address) & (size <= _MOST_IMAGE_BYTES)
+    valid &= (address >= tables.data_start) & (address <= tables.data_end)
+    valid &= size <= tables.data_end - address  # in this form, it cannot overflow
+
+    pixels = images["height"].astype(np.int64) * images["width"]
+    is_raw = images["mode"] == _RAW_MODE
+    valid &= (images["mode"] <= _RAW_MODE) & (pixels > 0)
+    valid &= ~is_raw | (size == 3 * pixels)
+    if not valid.all():
+        first = int(np.flatnonzero(~valid)[0])
+        raise ValueError(
+            f"{path}: the image of sample {first} cannot be where the tables have it: {_REMEDY}"
+        )
+    return size
+
+
+def _find_labels(path: Path, tables: _Tables) -> NDArray[Any]:
+    """The labels [n] from the first integer field; -1 without such a field."""
+    count = len(tables.samples)
+    if _INT_KIND not in tables.kinds:
+        return np.full(count, -1)
+    labels = tables.samples[f"f{tables.kinds.index(_INT_KIND)}"]
+    lowest = int(labels.min())
+    highest = int(labels.max())
+    if lowest < -1 or highest >= max(count, MOST_CLASSES):
+        wrong = lowest if lowest < -1 else highest
         raise ValueError(
             f"{path} has the label {wrong}: write it with the numbers of classes, or -1 for none"
         )
-    rows = np.zeros(count, ROW)
-    rows["label"], rows["height"], rows["width"] = labels, images["height"], images["width"]
-    rows["offset"], rows["bytes"] = images["address"], found["size"]
-    return rows, raw
+    return labels
 
 
-def _samples(kinds: list[int]) -> np.dtype[Any]:
+def _sample_entry(kinds: list[int]) -> np.dtype[Any]:
     """An entry of the table of samples: a part for each field, aligned as a C compiler does it."""
     return np.dtype([("", _KINDS[kind]) for kind in kinds], align=True)
 
 
-def _page(largest: int) -> int:
-    return max(_PAGE, 1 << max(0, largest - 1).bit_length())
+def _page_size(largest: int) -> int:
+    """The page size for images of at most `largest` bytes."""
+    return max(_SMALLEST_PAGE, 1 << max(0, largest - 1).bit_length())

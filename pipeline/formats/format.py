@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 from numpy.typing import NDArray
 
 from ..stores import Progress
-from .index import Scan
 from .record_store import RecordStore
+from .scanning import Scan
 
 
 class EncodedSample(NamedTuple):

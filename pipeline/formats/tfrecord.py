@@ -1,7 +1,9 @@
-"""TFRecord: records of `tf.train.Example`, with the keys that image data sets in this format share.
+"""TFRecord: records of `tf.train.Example`, with the keys that image data sets in it commonly have.
 
-Both layers are small enough to be written and read by hand: a record is a length and its data, each with a checksum;
-an Example is a protobuf, Example{1: Features{1: entry{1: key, 2: Feature{1: bytes | 2: floats | 3: int64s}}, ...}}.
+Both layers are small enough to be written and read here. A record is a length and its data, each
+with a checksum. An Example is a protobuf message:
+
+    Example {1: Features {1: entry {1: key, 2: Feature {1: bytes | 2: floats | 3: int64s}}, ...}}
 """
 
 from __future__ import annotations
@@ -10,27 +12,42 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import google_crc32c
 from numpy.typing import NDArray
 
 from ..stores import Progress
 from .format import EncodedSample
-from .index import Found, Scan, naturally
-from .record_store import RecordStore, open_files
+from .record_store import RecordStore, natural_key, open_files
+from .scanning import Label, Scan, ScannedImage
 
-SUFFIX, SHARDED = ".tfrecord", True
-_IMAGES = (
-    b"image/encoded",
-    b"image",
-    b"image_raw",
-    b"jpg",
-)  # where an image is found, the first that there is
-_LABELS = (b"image/class/label", b"label")
+SUFFIX = ".tfrecord"
+SHARDED = True
+
+_IMAGE_KEYS = (b"image/encoded", b"image", b"image_raw", b"jpg")  # the first that is there is read
+_LABEL_KEYS = (b"image/class/label", b"label")
+_BYTES = 1  # kinds of features, as the numbers of their fields
+_INTEGERS = 3
+
 _NAME = re.compile(r"[^.].*(\.tfrecords?|-\d{5}-of-\d{5})")
 _SHARD = re.compile(r"(?P<before>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<after>.*)")
-_BYTES, _INTEGERS = 1, 3  # the kinds of features that matter here
+
+_START_BYTES = 12  # of a record before its data: the length (8) and its checksum (4)
+_FRAME_BYTES = 16  # of a record besides its data: the start, and the checksum of the data (4)
+
+# The wire types of protobuf fields.
+_VARINT = 0
+_LENGTH_DELIMITED = 2
+_FIXED_SIZES = {1: 8, 5: 4}  # wire type -> bytes
+
+_NOT_AN_EXAMPLE = "it is not a tf.train.Example"
+
+_Span = tuple[int, int]  # where something begins and ends in the data of a record
+_Features = dict[tuple[bytes, int], _Span]  # (key, kind) -> the first value
+
+
+# Writing
 
 
 def begin(samples: int) -> bytes:
@@ -49,10 +66,10 @@ def frame(offset: int, sample: EncodedSample) -> tuple[bytes, bytes]:
     ]
     entries += [_entry(key, _BYTES, text) for key, text in texts.items()]
 
-    # The image comes last, so that all else of the Example stands before it.
+    # The image is the last value, so that all other bytes of the Example come before it.
     image_size = len(sample.image)
-    features = b"".join(entries) + _entry(b"image/encoded", _BYTES, b"", image_size)
-    example = _field(1, features, image_size)
+    image_entry = _entry(b"image/encoded", _BYTES, b"", to_follow=image_size)
+    example = _field(1, b"".join(entries) + image_entry, to_follow=image_size)
 
     length = (len(example) + image_size).to_bytes(8, "little")
     before = length + _masked(google_crc32c.value(length)) + example
@@ -64,23 +81,34 @@ def finish(file: BinaryIO, rows: NDArray[Any]) -> None:
     pass
 
 
-def _entry(key: bytes, kind: int, value: bytes, missing: int = 0) -> bytes:
-    """An entry of the table of features, of one value, whose last `missing` bytes follow elsewhere."""
-    feature = _field(kind, _field(1, value, missing), missing)
-    return _field(1, _field(1, key) + _field(2, feature, missing), missing)
+def _entry(key: bytes, kind: int, value: bytes, to_follow: int = 0) -> bytes:
+    """An entry of the table of features, with one value.
+
+    Its last `to_follow` bytes are not in `value`: they are written after the entry.
+    """
+    feature = _field(kind, _field(1, value, to_follow), to_follow)
+    return _field(1, _field(1, key) + _field(2, feature, to_follow), to_follow)
 
 
-def _field(number: int, content: bytes, missing: int = 0) -> bytes:
-    return bytes([number << 3 | 2]) + _varint(len(content) + missing) + content
+def _field(number: int, content: bytes, to_follow: int = 0) -> bytes:
+    tag = number << 3 | _LENGTH_DELIMITED
+    return bytes([tag]) + _varint(len(content) + to_follow) + content
 
 
 def _varint(value: int) -> bytes:
-    return bytes([value]) if value < 128 else bytes([value % 128 + 128]) + _varint(value // 128)
+    """A number in groups of seven bits, the lowest first; all bytes but the last have bit 7 set."""
+    if value < 128:
+        return bytes([value])
+    return bytes([value % 128 + 128]) + _varint(value // 128)
 
 
 def _masked(crc: int) -> bytes:
-    """A checksum as it is stored: turned, so that checksums of data that hold checksums stay sound."""
-    return (((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
+    """A checksum as it is stored: rotated, as checksums of data with checksums are weak."""
+    rotated = crc >> 15 | crc << 17
+    return ((rotated + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
+
+
+# Reading
 
 
 def open(path: Path, progress: Progress) -> RecordStore:
@@ -88,111 +116,151 @@ def open(path: Path, progress: Progress) -> RecordStore:
 
 
 def files(path: Path) -> list[Path]:
-    """ValueError where one of a set is missing: with `-00003-of-00010` belong nine others; or where there are two."""
+    """The TFRecord files at `path`.
+
+    Raises:
+        ValueError: Shards are missing (a name like `train-00003-of-00010` implies nine others), or
+            there are two sets of shards.
+    """
     if not path.is_dir():
         return [path] if path.is_file() and _NAME.fullmatch(path.name) else []
-    found = [
+    present = [
         path / name
         for name in os.listdir(path)
         if _NAME.fullmatch(name) and (path / name).is_file()
     ]
-    sets: dict[tuple[str, str, str], set[int]] = {}
-    for shard in filter(None, (_SHARD.fullmatch(file.name) for file in found)):
-        sets.setdefault((shard["before"], shard["count"], shard["after"]), set()).add(
-            int(shard["number"])
-        )
-    if len(sets) > 1:
-        raise ValueError(
-            f"{path} holds {' and '.join(sorted(before for before, *_ in sets))}: give each its own folder"
-        )
-    for (before, count, after), numbers in sets.items():
-        missing = next((number for number in range(int(count)) if number not in numbers), None)
-        if missing is not None:
-            name = f"{before}-{missing:0{len(count)}}-of-{count}{after}"
+    _check_shards(path, [file.name for file in present])
+    return sorted(present, key=natural_key)
+
+
+def _check_shards(path: Path, names: list[str]) -> None:
+    numbers_of: dict[tuple[str, str, str], set[int]] = {}
+    for name in names:
+        shard = _SHARD.fullmatch(name)
+        if shard:
+            shard_set = (shard["before"], shard["count"], shard["after"])
+            numbers_of.setdefault(shard_set, set()).add(int(shard["number"]))
+    if len(numbers_of) > 1:
+        sets = sorted(before for before, _, _ in numbers_of)
+        raise ValueError(f"{path} holds {' and '.join(sets)}: give each its own folder")
+    for (before, count, after), numbers in numbers_of.items():
+        missing = sorted(set(range(int(count))) - numbers)
+        if missing:
+            name = f"{before}-{missing[0]:0{len(count)}}-of-{count}{after}"
             raise ValueError(
                 f"{path} lacks {name}: restore it, or name single files to use them alone"
             )
-    return sorted(found, key=naturally)
+
+
+class _Record(NamedTuple):
+    offset: int
+    data: bytes
+    is_intact: bool  # whether the checksum of the data is right
 
 
 def scan(file: Path) -> Scan:
-    """The sidecar is what DALI's tfrecord2idx writes."""
-    found, lines, rejects = [], [], {}
-    for at, data, reason in _records(file):
-        name = f"record at byte {at}"
-        lines.append(f"{at} {len(data) + 16}\n")
+    """List the images of a file; the sidecar is what DALI's tfrecord2idx writes."""
+    images: list[ScannedImage] = []
+    lines: list[str] = []
+    rejects: dict[str, str] = {}
+    for record in _read_records(file):
+        lines.append(f"{record.offset} {len(record.data) + _FRAME_BYTES}\n")
+        name = f"record at byte {record.offset}"
         try:
-            if reason:
-                raise ValueError(reason)
-            values = _first_values(data)
-            image = next((values[key, _BYTES] for key in _IMAGES if (key, _BYTES) in values), None)
-            if image is None:
-                raise ValueError(
-                    f"it holds no image: none of {', '.join(key.decode() for key in _IMAGES)}"
-                )
-            found.append(Found(name, at + 12 + image[0], image[1] - image[0], _label(data, values)))
+            images.append(_find_image(name, record))
         except ValueError as error:
             rejects[name] = str(error)
-    return Scan(found, "".join(lines), rejects)
+    return Scan(images, "".join(lines), rejects)
 
 
-def _records(file: Path) -> Iterator[tuple[int, bytes, str]]:
-    """Where each record begins, its data, and what is wrong with those; ValueError where the next cannot be found."""
-    at, end = 0, file.stat().st_size
-    with file.open("rb") as records:
-        while at < end:
-            length, checksum = records.read(8), records.read(4)
-            size = int.from_bytes(length, "little")
+def _find_image(name: str, record: _Record) -> ScannedImage:
+    """Find the image in a record. Raises ValueError if there is none."""
+    if not record.is_intact:
+        raise ValueError("damaged: its checksum is wrong")
+    features = _read_features(record.data)
+    for key in _IMAGE_KEYS:
+        if (key, _BYTES) in features:
+            start, end = features[key, _BYTES]
+            offset = record.offset + _START_BYTES + start
+            return ScannedImage(name, offset, end - start, _read_label(record.data, features))
+    keys = ", ".join(key.decode() for key in _IMAGE_KEYS)
+    raise ValueError(f"it holds no image: none of {keys}")
+
+
+def _read_records(file: Path) -> Iterator[_Record]:
+    """The records of a file. Raises ValueError if the next one cannot be found."""
+    offset = 0
+    end = file.stat().st_size
+    with file.open("rb") as opened:
+        while offset < end:
+            length = opened.read(8)
+            checksum = opened.read(4)
             if _masked(google_crc32c.value(length)) != checksum:
                 raise ValueError(
-                    f"{file}: no record begins at byte {at}: it is damaged, compressed or no TFRecord"
+                    f"{file}: no record begins at byte {offset}: "
+                    "it is damaged, compressed or not a TFRecord"
                 )
-            if size > end - at - 16:
+            size = int.from_bytes(length, "little")
+            if size > end - offset - _FRAME_BYTES:
                 raise ValueError(
-                    f"{file}: the record at byte {at} has {size} bytes, but the file ends at {end}"
+                    f"{file}: the record at byte {offset} has {size} bytes, "
+                    f"but the file ends at {end}"
                 )
-            data, checksum = records.read(size), records.read(4)
-            yield (
-                at,
-                data,
-                ""
-                if _masked(google_crc32c.value(data)) == checksum
-                else "damaged: its checksum is wrong",
-            )
-            at += size + 16
+            data = opened.read(size)
+            checksum = opened.read(4)
+            yield _Record(offset, data, _masked(google_crc32c.value(data)) == checksum)
+            offset += size + _FRAME_BYTES
 
 
-def _first_values(data: bytes) -> dict[tuple[bytes, int], tuple[int, int]]:
-    """Where in an Example the first value of a key and kind begins and ends."""
-    found: dict[tuple[bytes, int], tuple[int, int]] = {}
-    for features in _fields(data, 0, len(data), 1):
-        for entry in _fields(data, *features, 1):
-            key = b"".join(data[start:end] for start, end in _fields(data, *entry, 1))
-            for feature in _fields(data, *entry, 2) if key in _IMAGES + _LABELS else ():
+def _read_features(data: bytes) -> _Features:
+    """The first value of each feature in an Example that can be an image or a label.
+
+    Raises:
+        ValueError: The data are not an Example.
+    """
+    first_values: _Features = {}
+    for features in _fields(data, (0, len(data)), 1):
+        for entry in _fields(data, features, 1):
+            key = b"".join(data[start:end] for start, end in _fields(data, entry, 1))
+            if key not in _IMAGE_KEYS + _LABEL_KEYS:
+                continue
+            for feature in _fields(data, entry, 2):
                 for kind in (_BYTES, _INTEGERS):
-                    values = (
-                        value
-                        for values in _fields(data, *feature, kind)
-                        for value in _fields(data, *values, 1)
-                    )
-                    if first := next((value for value in values if value[0] < value[1]), None):
-                        found[key, kind] = first
-    return found
+                    value = _first_value(data, feature, kind)
+                    if value is not None:
+                        first_values[key, kind] = value
+    return first_values
 
 
-def _fields(data: bytes, at: int, end: int, number: int) -> Iterator[tuple[int, int]]:
-    """Where the fields of that number begin and end in a message; ValueError where it is none."""
+def _first_value(data: bytes, feature: _Span, kind: int) -> _Span | None:
+    """The first value of a kind in a feature that is not empty."""
+    for values in _fields(data, feature, kind):
+        for start, end in _fields(data, values, 1):
+            if start < end:
+                return start, end
+    return None
+
+
+def _fields(data: bytes, message: _Span, number: int) -> Iterator[_Span]:
+    """The contents of the fields with a number in a message.
+
+    Raises:
+        ValueError: It is not a protobuf message.
+    """
+    at, end = message
     while at < end:
         tag, at = _read_varint(data, at, end)
-        if tag & 7 == 0:
-            stop = _read_varint(data, at, end)[1]
-        elif tag & 7 == 2:
+        wire_type = tag & 7
+        if wire_type == _VARINT:
+            _, stop = _read_varint(data, at, end)
+        elif wire_type == _LENGTH_DELIMITED:
             size, at = _read_varint(data, at, end)
             stop = at + size
-        else:  # fixed sizes; groups, which are no longer used, end behind the end
-            stop = at + {1: 8, 5: 4}.get(tag & 7, end)
+        else:
+            # Groups, which are obsolete, count as too long.
+            stop = at + _FIXED_SIZES.get(wire_type, end)
         if stop > end:
-            raise ValueError("it is no tf.train.Example")
+            raise ValueError(_NOT_AN_EXAMPLE)
         if tag >> 3 == number:
             yield at, stop
         at = stop
@@ -205,14 +273,16 @@ def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
         value |= (data[i] & 127) << 7 * (i - at)
         if data[i] < 128:
             return value, i + 1
-    raise ValueError("it is no tf.train.Example")
+    raise ValueError(_NOT_AN_EXAMPLE)
 
 
-def _label(data: bytes, values: dict[tuple[bytes, int], tuple[int, int]]) -> int | str | None:
-    for key in _LABELS:
-        if (key, _INTEGERS) in values:
-            value, _ = _read_varint(data, *values[key, _INTEGERS])
-            return value - (value >> 63 << 64)
-        if (key, _BYTES) in values:
-            return os.fsdecode(data[slice(*values[key, _BYTES])].strip()) or None
+def _read_label(data: bytes, features: _Features) -> Label:
+    for key in _LABEL_KEYS:
+        if (key, _INTEGERS) in features:
+            value, _ = _read_varint(data, *features[key, _INTEGERS])
+            is_negative = value >> 63
+            return value - (is_negative << 64)
+        if (key, _BYTES) in features:
+            start, end = features[key, _BYTES]
+            return os.fsdecode(data[start:end].strip()) or None
     return None

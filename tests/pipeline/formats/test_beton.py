@@ -288,9 +288,9 @@ def test_ours_are_read_to_the_byte(ours: Path) -> None:
     assert list(zip(all_of(store), store.index["label"], strict=True)) == jpegs(12)
     assert store.classes == ["0", "1"]
     assert store.rejects == {}
-    found = beton.scan(ours)
-    assert (found.sidecar, found.rejects) == ("", {})
-    assert [(f.name, f.offset, f.bytes, f.label) for f in found.found] == [
+    scan = beton.scan(ours)
+    assert (scan.sidecar, scan.rejects) == ("", {})
+    assert [tuple(image) for image in scan.images] == [
         (f"sample {i}", *row)
         for i, row in enumerate(store.index[["offset", "bytes", "label"]].tolist())
     ]
@@ -339,9 +339,9 @@ LAST = -ALLOCATION  # of the allocations: sample, address, size
 DAMAGE: dict[str, tuple[Callable[[bytearray], bytes], str]] = {
     "nothing": (lambda data: b"", "too short for the header"),
     "a header alone": (lambda data: bytes(data[:HEADER]), "too short for 2 fields"),
-    "text": (lambda data: b"<html>" * 100, "no beton of version 2, but 26684"),
-    "another version": (patched(VERSION, "H", 1), "no beton of version 2, but 1"),
-    "no samples": (patched(SAMPLES, "Q", 0), "hold 0 samples"),
+    "text": (lambda data: b"<html>" * 100, "not a beton of version 2, but of 26684"),
+    "another version": (patched(VERSION, "H", 1), "not a beton of version 2, but of 1:"),
+    "no samples": (patched(SAMPLES, "Q", 0), "holds 0 samples"),
     "odd pages": (patched(PAGE, "I", 3 * MIB), "in pages of 3145728 bytes"),
     "no fields": (patched(FIELDS, "H", 0), "no field of images"),
     "more fields than bytes": (patched(FIELDS, "H", 65_535), "too short for 65535 fields"),
@@ -355,28 +355,31 @@ DAMAGE: dict[str, tuple[Callable[[bytearray], bytes], str]] = {
     ),
     "no image field": (patched(HEADER, "B", 1), "no field of images"),
     "a field of its writer's own": (patched(HEADER + FIELD, "B", 255), "unknown kind 255"),
-    "a table in the middle": (patched(TABLE, "Q", 3000), r"does not end with|cannot lie"),
+    "a table in the middle": (patched(TABLE, "Q", 3000), r"does not end with|cannot be where"),
     "a table in the header": (patched(TABLE, "Q", 100), "too short for 12 samples"),
     "a table after the end": (patched(TABLE, "Q", 2**63), "does not end with the file"),
     "a table cut off": (lambda data: bytes(data[:-1]), "does not end with the file"),
     "a table cut off at an entry": (
         lambda data: bytes(data[:-ALLOCATION]),
-        "image of sample 11 cannot lie",
+        "image of sample 11 cannot be where",
     ),
     "cut in half": (lambda data: bytes(data[: len(data) // 2]), "does not end with the file"),
-    "an unknown mode": (patched(FIRST, "B", 2), "image of sample 0 cannot lie"),
-    "raw pixels of another size": (patched(FIRST, "B", 1), "image of sample 0 cannot lie"),
-    "no width": (patched(FIRST + 1, "H", 0), "image of sample 0 cannot lie"),
+    "an unknown mode": (patched(FIRST, "B", 2), "image of sample 0 cannot be where"),
+    "raw pixels of another size": (patched(FIRST, "B", 1), "image of sample 0 cannot be where"),
+    "no width": (patched(FIRST + 1, "H", 0), "image of sample 0 cannot be where"),
     "an address that nothing was given": (
         patched(FIRST + 5, "Q", 7777),
-        "image of sample 0 cannot lie",
+        "image of sample 0 cannot be where",
     ),
-    "a size beyond the data": (patched(LAST + 16, "Q", 100_000), "image of sample 11 cannot lie"),
+    "a size beyond the data": (
+        patched(LAST + 16, "Q", 100_000),
+        "image of sample 11 cannot be where",
+    ),
     "a size that wraps around": (
         patched(LAST + 16, "Q", 2**64 - 8),
-        "image of sample 11 cannot lie",
+        "image of sample 11 cannot be where",
     ),
-    "no size": (patched(LAST + 16, "Q", 0), "image of sample 11 cannot lie"),
+    "no size": (patched(LAST + 16, "Q", 0), "image of sample 11 cannot be where"),
     "a label too small": (patched(FIRST + 16, "q", -2), "the label -2"),
     "a label too large for int32": (patched(FIRST + 16, "q", 2**31), "the label 2147483648"),
     "a label that would fill the memory": (patched(FIRST + 16, "q", 2**30), "the label 1073741824"),
@@ -400,7 +403,7 @@ def test_the_address_of_an_image_is_never_in_the_tables(tmp_path: Path, ours: Pa
         struct.pack_into("<Q", data, FIRST + 5, place)
         struct.pack_into("<Q", data, len(data) - 12 * ALLOCATION + 8, place)
         (tmp_path / "x.beton").write_bytes(data)
-        with pytest.raises(ValueError, match="image of sample 0 cannot lie"):
+        with pytest.raises(ValueError, match="image of sample 0 cannot be where"):
             open_store(tmp_path / "x.beton")
 
 

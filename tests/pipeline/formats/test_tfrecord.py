@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline.formats import EncodedSample, find_format, tfrecord
 from pipeline.formats.index import sidecar_path
 from tests.helpers.images import encoded, picture
-from tests.helpers.libraries import needed
+from tests.helpers.libraries import import_or_skip
 from tests.helpers.records import JPEGS, LABELS, check_mutations, images_of, opened, write_records
 
 # Two Examples that TensorFlow 2.21 wrote: a PNG of 3 x 2 pixels of (200, 30, 90), labels 300 and 0, other features.
@@ -81,7 +81,7 @@ def tfrecords(path: Path, examples: Iterable[bytes]) -> Path:
 
 
 def tfrecord2idx(file: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    needed("nvidia.dali")
+    import_or_skip("nvidia.dali")
     to = file.with_name("theirs")
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # it does without, and starts sooner
     monkeypatch.setattr(sys, "argv", ["tfrecord2idx", str(file), str(to)])
@@ -91,7 +91,7 @@ def tfrecord2idx(file: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def dalis(files: list[Path], keys: dict[str, type], samples: int) -> dict[str, list[Any]]:
     """What DALI's own reader finds by the sidecars. A key that is missing would be what the memory happens to hold."""
-    dali, kinds = needed("nvidia.dali"), needed("nvidia.dali.tfrecord")
+    dali, kinds = import_or_skip("nvidia.dali"), import_or_skip("nvidia.dali.tfrecord")
     kind = {bytes: (kinds.string, ""), int: (kinds.int64, -1)}
     features = {key: kinds.FixedLenFeature((), *kind[keys[key]]) for key in keys}
 
@@ -295,11 +295,11 @@ def test_records_that_hold_no_image_are_left_out_with_the_reason(tmp_path: Path)
         b"": "holds no image",
         example(packed("label", 3)): "holds no image",
         example(packed("image", 3)): "holds no image",
-        example(texts("image", bytes(300))): "no JPEG",
-        b"no protobuf at all": "no tf.train.Example",
-        example(image)[:-1]: "no tf.train.Example",
-        varint(8 + 3) + example(image): "no tf.train.Example",  # a group
-        b"\xff" * 20: "no tf.train.Example",
+        example(texts("image", bytes(300))): "not a JPEG",
+        b"no protobuf at all": "not a tf.train.Example",
+        example(image)[:-1]: "not a tf.train.Example",
+        varint(8 + 3) + example(image): "not a tf.train.Example",  # a group
+        b"\xff" * 20: "not a tf.train.Example",
         example(image, packed("label", 2**64 - 2)): "label is -2",
         example(image, packed("label", 2**31)): "label is 2147483648",
         example(image, texts("label", b"\0\1")): "label is ",

@@ -201,7 +201,7 @@ def test_tars_as_people_have_them(tmp_path: Path, format: int) -> None:
     assert images_of(store) == [image for image, _ in expected]
     assert store.index["label"].tolist() == [int(label or b"-1") for _, label in expected]
     assert list(store.rejects) == ["Empty.JPG"]
-    assert [found.name for found in webdataset.scan(file).found] == [*names, "Empty.JPG"]
+    assert [image.name for image in webdataset.scan(file).images] == [*names, "Empty.JPG"]
     plain = [
         i for i, name in enumerate(names) if len(name) < 100 and name.isascii()
     ]  # others stand elsewhere in a tar
