@@ -1,4 +1,4 @@
-"""Files that torch.save writes, in both of its formats."""
+"""Files in both formats of torch.save: a zip archive, and the legacy format of torch before 1.6."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from typing import Any
 
 import pytest
 
-TORCH_FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+BOTH_TORCH_FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
 
-def saved(path: Path, content: Any, zipped: bool = True) -> Path:
+def save_torch_file(path: Path, content: Any, zipped: bool = True) -> Path:
     import torch
 
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     return path
 
 
-def with_pickle(path: Path, program: bytes, zipped: bool = True) -> Path:
-    """A torch file whose pickle is this one."""
+def write_torch_file(path: Path, pickled: bytes, zipped: bool = True) -> Path:
+    """Write a torch file with this pickle and without storages."""
     if zipped:
         with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", program)
+            archive.writestr("archive/data.pkl", pickled)
             archive.writestr("archive/version", b"3\n")
         return path
-    head = saved(path, None, zipped=False).read_bytes()
-    none, no_keys = pickle.dumps(None, protocol=2), pickle.dumps([], protocol=2)
-    assert head.endswith(none + no_keys)
-    path.write_bytes(head[: -len(none + no_keys)] + program + no_keys)
+
+    file = save_torch_file(path, None, zipped=False).read_bytes()
+    none = pickle.dumps(None, protocol=2)
+    no_keys = pickle.dumps([], protocol=2)
+    assert file.endswith(none + no_keys)
+    header = file.removesuffix(none + no_keys)
+    path.write_bytes(header + pickled + no_keys)
     return path

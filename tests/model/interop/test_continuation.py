@@ -1,4 +1,4 @@
-"""Pretraining that goes on from other projects' files, the authors' optimizer among them."""
+"""Pretraining continued from files of other projects, with the optimizer of the authors."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SETTINGS = {
 }
 
 
-class Authors(nn.Module):
-    """The network of their main.py, in the order of its parameters."""
+class AuthorsNetwork(nn.Module):
+    """The network of their main.py, with its parameters in the same order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,12 +66,12 @@ def gradients(parameters: list[Tensor], seed: int) -> list[Tensor]:
     ]
 
 
-class Theirs:
-    """Their network and optimizer, after some steps; `save` writes their checkpoint.pth."""
+class AuthorsRun:
+    """Network and optimizer of the authors on `world` GPUs, after some steps."""
 
     def __init__(self, steps: int = 3, world: int = 1) -> None:
         torch.manual_seed(0)
-        self.network, self.momenta, self.world = Authors(), dict[Tensor, Tensor](), world
+        self.network, self.momenta, self.world = AuthorsNetwork(), dict[Tensor, Tensor](), world
         parameters = list(self.network.parameters())
         weights, biases = (
             [p for p in parameters if (p.ndim == 1) == flat] for flat in (False, True)
@@ -93,6 +93,7 @@ class Theirs:
         self.lr = [group["lr"] for group in rates]
 
     def save(self, path: Path, **changed: Any) -> Path:
+        """Write their checkpoint.pth, with some entries changed."""
         parameters = [p for group in self.groups for p in group["params"]]
         numbers = iter(range(len(parameters)))
         saved = [
@@ -113,10 +114,10 @@ class Theirs:
         return path
 
 
-def ours(
+def resume_ours(
     saved: dict[str, Any], settings: dict[str, Any] = SETTINGS
 ) -> tuple[BarlowTwins, LARS, dict[str, Any]]:
-    """A run's network and optimizer, as train.py makes them and gives them what was saved."""
+    """Network and optimizer as train.py restores them, and the other entries of the state."""
     network = BarlowTwins(build_backbone("resnet18"), "24-24-16", 0.005).to(
         memory_format=torch.channels_last
     )
@@ -146,16 +147,17 @@ def in_float64(network: nn.Module, momenta: dict[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize(("world", "tolerance"), [(1, 1e-13), (32, 3e-7)])
-def test_the_next_updates_are_the_authors(world: int, tolerance: float, tmp_path: Path) -> None:
-    """On W GPUs, their gradient is 1/W of the true one, and the rate of what LARS leaves alone is W times ours.
+def test_the_next_updates_equal_those_of_the_authors(
+    world: int, tolerance: float, tmp_path: Path
+) -> None:
+    """On W GPUs, their gradient is 1/W of the true one, and their bias rate is W times ours.
 
-    (A momentum is multiplied by 1/W in float32, which W = 1 leaves as it is.)
+    The tolerance is larger for W > 1, because momenta are multiplied by 1/W in float32.
     """
-    theirs = Theirs(world=world)
-    settings = SETTINGS | {
-        "weight_decay": 0.0 if world > 1 else 1e-6
-    }  # up to which it cancels for the weights
-    network, optimizer, rest = ours(
+    theirs = AuthorsRun(world=world)
+    # For weights, the factor 1/W cancels exactly only without weight decay.
+    settings = SETTINGS | {"weight_decay": 0.0 if world > 1 else 1e-6}
+    network, optimizer, rest = resume_ours(
         continue_from(theirs.save(tmp_path / "checkpoint.pth"), settings), settings
     )
     assert rest == {"step": 4 * 5}
@@ -179,8 +181,8 @@ def test_the_next_updates_are_the_authors(world: int, tolerance: float, tmp_path
             )
 
 
-def test_a_jump_of_the_rate_of_biases_leaves_the_next_step_as_long(tmp_path: Path) -> None:
-    theirs = Theirs()
+def test_another_bias_rate_does_not_change_the_length_of_the_next_step(tmp_path: Path) -> None:
+    theirs = AuthorsRun()
     saved = continue_from(
         theirs.save(tmp_path / "x"),
         SETTINGS | {"lr_biases": 0.0048 / 16, "lr": 0.1, "batch_size": 16},
@@ -196,7 +198,8 @@ def test_a_jump_of_the_rate_of_biases_leaves_the_next_step_as_long(tmp_path: Pat
     assert saved["step"] == 4 * 2
 
 
-def with_bias(network: Authors) -> dict[str, Tensor]:
+def solo_learn_entries(network: AuthorsNetwork) -> dict[str, Tensor]:
+    """With the biases of solo-learn's projector."""
     entries = {
         f"{name}": value
         for name, value in network.state_dict().items()
@@ -208,17 +211,17 @@ def with_bias(network: Authors) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "content",
     [
-        lambda network: {"state_dict": with_bias(network)},
+        lambda network: {"state_dict": solo_learn_entries(network)},
         lambda network: {"model": network.state_dict()},
     ],
     ids=["solo-learn", "without an optimizer"],
 )
-def test_others_begin_anew_with_their_weights(
-    content: Callable[[Authors], Any], tmp_path: Path
+def test_without_the_authors_optimizer_training_starts_at_step_0(
+    content: Callable[[AuthorsNetwork], Any], tmp_path: Path
 ) -> None:
-    theirs = Authors()
+    theirs = AuthorsNetwork()
     torch.save(content(theirs), tmp_path / "x")
-    network, optimizer, rest = ours(continue_from(tmp_path / "x", SETTINGS))
+    network, optimizer, rest = resume_ours(continue_from(tmp_path / "x", SETTINGS))
     assert rest == {"step": 0}
     assert all(
         torch.equal(a, b) for a, b in zip(network.parameters(), theirs.parameters(), strict=True)
@@ -226,20 +229,20 @@ def test_others_begin_anew_with_their_weights(
     assert not optimizer.state_dict()["state"]
 
 
-def test_what_does_not_fit_is_said_in_one_line(tmp_path: Path) -> None:
-    theirs, path = Theirs(steps=1), tmp_path / "checkpoint.pth"
+def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
+    theirs, path = AuthorsRun(steps=1), tmp_path / "checkpoint.pth"
     good = theirs.save(path)
 
-    def wrong(words: str, **changed: Any) -> None:
+    def check_refused(words: str, **changed: Any) -> None:
         with pytest.raises(ValueError, match=words) as caught:
             continue_from(good, SETTINGS | changed)
         assert str(good) in str(caught.value)
         assert "\n" not in str(caught.value)
 
-    wrong("projector: 24-24-16 saved, 8192-8192-8192 now", projector="8192-8192-8192")
-    wrong("backbone: resnet18 saved, resnet50 now", backbone="resnet50")
-    wrong("width: 64 saved, 32 now", width=32)
-    wrong("has 4 finished epochs: --epochs must be more", epochs=4)
+    check_refused("projector: 24-24-16 saved, 8192-8192-8192 now", projector="8192-8192-8192")
+    check_refused("backbone: resnet18 saved, resnet50 now", backbone="resnet50")
+    check_refused("width: 64 saved, 32 now", width=32)
+    check_refused("has 4 finished epochs: --epochs must be more", epochs=4)
     optimizer = torch.load(path, weights_only=False)["optimizer"]
     for bad in (
         {},
@@ -248,41 +251,23 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path: Path) -> None:
         optimizer | {"state": {}},
     ):
         theirs.save(path, optimizer=bad)
-        wrong("does not contain the optimizer of the authors' main.py")
+        check_refused("does not contain the optimizer of the authors' main.py")
     backwards = dict(zip(optimizer["state"], reversed(optimizer["state"].values()), strict=True))
     theirs.save(path, optimizer=optimizer | {"state": backwards})
-    wrong("a momentum of .* for a parameter")
+    check_refused("a momentum of .* for a parameter")
     torch.save(theirs.network.backbone.state_dict(), path)
-    wrong("has no projector, which pretraining needs")
+    check_refused("has no projector, which pretraining needs")
 
 
-def test_solo_learns_small_stem_is_another_network(tmp_path: Path) -> None:
-    network = Authors()
+def test_the_small_stem_of_solo_learn_is_refused(tmp_path: Path) -> None:
+    network = AuthorsNetwork()
     network.backbone.conv1 = nn.Conv2d(3, 64, 3, padding=2, bias=False)
-    torch.save({"state_dict": with_bias(network)}, tmp_path / "x")
+    torch.save({"state_dict": solo_learn_entries(network)}, tmp_path / "x")
     with pytest.raises(ValueError, match="stem_padding: 2 saved, 1 now"):
         continue_from(tmp_path / "x", SETTINGS | {"small_stem": True})
 
 
-def test_a_resumed_optimizer_keeps_the_settings_of_its_run() -> None:
-    """As --accept-changes promises; a checkpoint has those of the run that wrote it."""
-    layer = nn.Linear(2, 2)
-    optimizers = [
-        LARS(parameter_groups(layer, decay), momentum=m, eta=m / 9)
-        for decay, m in ((0.1, 0.9), (0.2, 0.8))
-    ]
-    layer(torch.ones(1, 2)).sum().backward()
-    optimizers[0].step()
-    optimizers[1].load_state_dict(optimizers[0].state_dict())
-    assert [group["weight_decay"] for group in optimizers[1].param_groups] == [0.2, 0.0]
-    assert [group["momentum"] for group in optimizers[1].param_groups] == [0.8, 0.8]
-    assert all(
-        torch.equal(optimizers[0].state[p]["mu"], optimizers[1].state[p]["mu"])
-        for p in layer.parameters()
-    )
-
-
-# ── train.py ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── train.py ──────────────────────────────────────────────────────────────────────────────────────
 
 RUN = [
     *TINY,
@@ -299,11 +284,11 @@ RUN = [
 ]
 
 
-def test_train_goes_on_from_the_authors_checkpoint(
+def test_train_continues_from_the_checkpoint_of_the_authors(
     train: Command, unlabelled: Path, tmp_path: Path
 ) -> None:
-    """Forty photographs are five steps of eight an epoch; it is after four."""
-    path, run = Theirs().save(tmp_path / "checkpoint.pth"), tmp_path / "run"
+    """Forty images are five steps of eight per epoch; the checkpoint has four epochs."""
+    path, run = AuthorsRun().save(tmp_path / "checkpoint.pth"), tmp_path / "run"
     arguments = ["--data", unlabelled, *RUN, "--run-folder", run]
     assert_refused(train(*arguments, "--continue-from", tmp_path / "absent.pth"), "absent.pth")
     assert not run.exists()
@@ -317,7 +302,7 @@ def test_train_goes_on_from_the_authors_checkpoint(
     assert_refused(
         train(*arguments, "--continue-from", path, "--projector", "8-8"), "24-24-16 saved, 8-8 now"
     )
-    assert (run / "checkpoint.pt").read_bytes() == before, "a file that does not fit moves nothing"
+    assert (run / "checkpoint.pt").read_bytes() == before, "a refused file leaves the run unchanged"
     assert_refused(
         train(*arguments, "--continue-from", path, "--resume"), "--continue-from", "--resume"
     )
@@ -326,10 +311,10 @@ def test_train_goes_on_from_the_authors_checkpoint(
     assert "resumed after step 25" in text
     assert (
         safetensors.torch.load_file(run / "backbone.safetensors").keys()
-        == Theirs(0).network.backbone.state_dict().keys()
+        == AuthorsRun(0).network.backbone.state_dict().keys()
     )
 
 
-def test_a_dry_run_does_not_continue() -> None:
+def test_a_dry_run_refuses_to_continue() -> None:
     with pytest.raises(ValueError, match="--dry-run is given with --resume or --continue-from"):
         Pretrain(run=RunConfig(dry_run=True, continue_from=Path("x"))).check()

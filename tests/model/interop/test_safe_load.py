@@ -1,4 +1,4 @@
-"""Torch and safetensors files of other projects: what is in them comes out, and nothing that they name is run."""
+"""safe_load returns the content of torch and safetensors files, and never runs code from them."""
 
 from __future__ import annotations
 
@@ -25,38 +25,32 @@ from torch import nn
 
 from model import safe_load
 from model.interop.safe_load import Inert
-from tests.helpers.torch_files import TORCH_FORMATS, saved, with_pickle
+from tests.helpers.torch_files import BOTH_TORCH_FORMATS, save_torch_file, write_torch_file
 
-# ── what is in a file ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── content ───────────────────────────────────────────────────────────────────────────────────────
 
 DTYPES = [
-    *(
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.complex64,
-        torch.complex128,
-        torch.bool,
-    ),
-    *(
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.uint16,
-        torch.uint32,
-        torch.uint64,
-    ),
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
     torch.float8_e4m3fn,
 ]
 
 
-@TORCH_FORMATS
-def test_tensors_of_all_types_and_shapes_come_out_as_they_were(
-    zipped: bool, tmp_path: Path
-) -> None:
+@BOTH_TORCH_FORMATS
+def test_tensors_of_all_dtypes_and_layouts_are_read(zipped: bool, tmp_path: Path) -> None:
     base = torch.randn(6, 8)
     content = {str(dtype): torch.arange(2, 7).to(dtype) for dtype in DTYPES}
     content |= {
@@ -64,34 +58,34 @@ def test_tensors_of_all_types_and_shapes_come_out_as_they_were(
         "scalar": torch.tensor(7),
         "transposed": base.T,
         "part": base[1:4, ::3],
-    }
-    content |= {
         "expanded": torch.randn(1, 4).expand(3, 4),
         "parameter": nn.Parameter(base),
         "last": base[5],
+        "channels": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     }
-    content |= {"channels": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)}
-    buffer = nn.BatchNorm1d(3).state_dict()
-    path = saved(tmp_path / "x.pt", {"tensors": content, "module": buffer}, zipped)
-    found = safe_load(path)
-    for part, expected in (("tensors", content), ("module", buffer)):
-        assert list(found[part]) == list(expected)
+    module = nn.BatchNorm1d(3).state_dict()
+    path = save_torch_file(tmp_path / "x.pt", {"tensors": content, "module": module}, zipped)
+    loaded = safe_load(path)
+    for part, expected in (("tensors", content), ("module", module)):
+        assert list(loaded[part]) == list(expected)
         for name, value in expected.items():
-            ours = found[part][name]
+            ours = loaded[part][name]
             assert (ours.dtype, ours.shape, ours.stride()) == (
                 value.dtype,
                 value.shape,
                 value.stride(),
             ), name
             assert ours.tolist() == value.tolist(), name
-    shared = found["tensors"]
+    shared = loaded["tensors"]
     shared["parameter"][5, 0] = 42
-    assert shared["last"][0] == shared["transposed"][0, 5] == 42, "as in the file, one memory"
+    assert shared["last"][0] == shared["transposed"][0, 5] == 42, (
+        "they share memory, as in the file"
+    )
 
 
-@TORCH_FORMATS
+@BOTH_TORCH_FORMATS
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_plain_values_and_arrays_come_out(zipped: bool, protocol: int, tmp_path: Path) -> None:
+def test_plain_values_and_arrays_are_read(zipped: bool, protocol: int, tmp_path: Path) -> None:
     lists = defaultdict(list, a=[1])
     content = {
         "values": [
@@ -117,33 +111,33 @@ def test_plain_values_and_arrays_come_out(zipped: bool, protocol: int, tmp_path:
     }
     path = tmp_path / "x.pt"
     torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
-    found = safe_load(path)
-    assert found["values"] == content["values"]
-    assert list(found["ordered"].items()) == [("b", 1), ("a", 2)]
+    loaded = safe_load(path)
+    assert loaded["values"] == content["values"]
+    assert list(loaded["ordered"].items()) == [("b", 1), ("a", 2)]
     for name in ("array", "big endian"):
-        np.testing.assert_array_equal(found[name], content[name])
-        assert found[name].dtype.type == content[name].dtype.type
-    assert found["float"] == 1.5
-    assert found["default"] == {"a": [1]}
-    assert found["dtype"] is torch.bfloat16
-    assert found["text"].size == found["objects"].size == 0, "which are no numbers"
+        np.testing.assert_array_equal(loaded[name], content[name])
+        assert loaded[name].dtype.type == content[name].dtype.type
+    assert loaded["float"] == 1.5
+    assert loaded["default"] == {"a": [1]}
+    assert loaded["dtype"] is torch.bfloat16
+    assert loaded["text"].size == loaded["objects"].size == 0, "only numeric arrays are kept"
 
 
-def test_safetensors(tmp_path: Path) -> None:
+def test_safetensors_files_are_read_with_their_metadata(tmp_path: Path) -> None:
     content = {"a": torch.randn(3), "b": torch.ones(2, dtype=torch.bfloat16)}
     safetensors.torch.save_file(content, tmp_path / "x", {"format": "pt"})
-    found = safe_load(tmp_path / "x")
-    assert found.pop("__metadata__") == {"format": "pt"}
-    assert all(torch.equal(found[name], content[name]) for name in ("a", "b"))
+    loaded = safe_load(tmp_path / "x")
+    assert loaded.pop("__metadata__") == {"format": "pt"}
+    assert all(torch.equal(loaded[name], content[name]) for name in ("a", "b"))
 
 
-def test_a_file_of_a_big_endian_machine(tmp_path: Path) -> None:
+def test_a_file_from_a_big_endian_machine_is_read(tmp_path: Path) -> None:
     content = {
         "half": torch.randn(5).half(),
         "complex": torch.randn(3, dtype=torch.complex64),
         "n": torch.tensor(258),
     }
-    path = saved(tmp_path / "x.pt", content)
+    path = save_torch_file(tmp_path / "x.pt", content)
     with zipfile.ZipFile(path) as little, zipfile.ZipFile(tmp_path / "big.pt", "w") as big:
         for name in little.namelist():
             data = little.read(name)
@@ -153,16 +147,16 @@ def test_a_file_of_a_big_endian_machine(tmp_path: Path) -> None:
                 width = {10: 2, 24: 4, 8: 8}[len(data)]
                 data = np.frombuffer(data, f"u{width}").byteswap().tobytes()
             big.writestr(name, data)
-    found = safe_load(tmp_path / "big.pt")
-    assert all(torch.equal(found[name], content[name]) for name in content)
+    loaded = safe_load(tmp_path / "big.pt")
+    assert all(torch.equal(loaded[name], content[name]) for name in content)
 
 
-# ── objects of classes that are not there ────────────────────────────────────────────────────────────────────────────
+# ── objects of unknown classes ───────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
-def absent_later() -> Iterator[Callable[[str, type], type]]:
-    """Puts a class into a module that can be imported until the test reads the file."""
+def temporary_module() -> Iterator[Callable[[str, type], type]]:
+    """Puts a class into a made-up module, which can be imported until `forget` is called."""
     made: list[str] = []
 
     def put(module: str, cls: type) -> type:
@@ -182,9 +176,9 @@ def absent_later() -> Iterator[Callable[[str, type], type]]:
         sys.modules.pop(name, None)
 
 
-@TORCH_FORMATS
-def test_real_files_objects_are_inert_and_do_not_hide_the_weights(
-    absent_later: Any, zipped: bool, tmp_path: Path
+@BOTH_TORCH_FORMATS
+def test_objects_of_unknown_classes_are_inert_and_the_weights_are_read(
+    temporary_module: Any, zipped: bool, tmp_path: Path
 ) -> None:
     class HistoryBuffer:
         def __init__(self) -> None:
@@ -199,7 +193,7 @@ def test_real_files_objects_are_inert_and_do_not_hide_the_weights(
             return {"_content": self.content}
 
         def __setstate__(self, state: dict[str, Any]) -> None:
-            raise AssertionError("it was run")
+            raise AssertionError("code from the file was run")
 
     class AttributeDict(dict):
         __getattr__ = dict.__getitem__
@@ -207,10 +201,12 @@ def test_real_files_objects_are_inert_and_do_not_hide_the_weights(
     class ListConfig(list):
         pass
 
-    history = absent_later("mmengine.logging.history_buffer", HistoryBuffer)()
-    config = absent_later("omegaconf.dictconfig", DictConfig)({"lr": 0.3, "path": tmp_path})
-    attributes = absent_later("lightning_fabric.utilities.data", AttributeDict)(lr=0.1, widths=[1])
-    items = absent_later("omegaconf.listconfig", ListConfig)([1, 2])
+    history = temporary_module("mmengine.logging.history_buffer", HistoryBuffer)()
+    config = temporary_module("omegaconf.dictconfig", DictConfig)({"lr": 0.3, "path": tmp_path})
+    attributes = temporary_module("lightning_fabric.utilities.data", AttributeDict)(
+        lr=0.1, widths=[1]
+    )
+    items = temporary_module("omegaconf.listconfig", ListConfig)([1, 2])
     content = {
         "state_dict": OrderedDict(weight=torch.arange(4.0)),
         "message_hub": {"log_scalars": {"loss": history}},
@@ -222,26 +218,26 @@ def test_real_files_objects_are_inert_and_do_not_hide_the_weights(
         "filter": nn.functional.relu,
         "module": nn.Linear(2, 3),
     }
-    path = saved(tmp_path / "x.pt", content, zipped)
-    absent_later.forget()
-    found = safe_load(path)
-    assert torch.equal(found["state_dict"]["weight"], torch.arange(4.0))
-    inert = found["message_hub"]["log_scalars"]["loss"]
+    path = save_torch_file(tmp_path / "x.pt", content, zipped)
+    temporary_module.forget()
+    loaded = safe_load(path)
+    assert torch.equal(loaded["state_dict"]["weight"], torch.arange(4.0))
+    inert = loaded["message_hub"]["log_scalars"]["loss"]
     assert type(inert).__name__ == "HistoryBuffer"
     assert inert.state["_log_history"].tolist() == [0, 1, 2]
-    assert dict(found["hyper_parameters"]) == {"lr": 0.1, "widths": [1]}
-    assert found["cfg"].state["_content"]["path"].args == tmp_path.parts
-    assert found["list"].parts == [1, 2]
-    assert found["args"].state["epochs"] == 5
-    assert isinstance(found["module"], Inert)
-    assert issubclass(found["filter"], Inert)
+    assert dict(loaded["hyper_parameters"]) == {"lr": 0.1, "widths": [1]}
+    assert loaded["cfg"].state["_content"]["path"].args == tmp_path.parts
+    assert loaded["list"].parts == [1, 2]
+    assert loaded["args"].state["epochs"] == 5
+    assert isinstance(loaded["module"], Inert)
+    assert issubclass(loaded["filter"], Inert)
 
 
-# ── attempts to run something ────────────────────────────────────────────────────────────────────────────────────────
+# ── attempts to run code ─────────────────────────────────────────────────────────────────────────
 
 
 class Calls:
-    """Pickled, it is a call of a function."""
+    """Pickled as a call of a function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -250,11 +246,11 @@ class Calls:
         return self.call
 
     def __call__(self) -> None:
-        """So that what it returns may be called in its turn."""
+        """Callable, because its result may be called in turn."""
 
 
 def attempts(mark: Path) -> dict[str, bytes]:
-    """Pickles that create `mark`, where anything in them is run."""
+    """Pickles that create the file `mark` if any code in them is run."""
     touch, text = f"touch {mark}", f"__import__('pathlib').Path({str(mark)!r}).touch()"
     call = {
         "os.system": Calls(os.system, touch),
@@ -315,14 +311,14 @@ def attempts(mark: Path) -> dict[str, bytes]:
     return programs
 
 
-@TORCH_FORMATS
-def test_nothing_that_a_file_names_is_run(
+@BOTH_TORCH_FORMATS
+def test_no_code_from_a_file_is_run(
     zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     mark, read = tmp_path / "mark", 0
     for name, program in attempts(mark).items():
-        path = with_pickle(tmp_path / "x.pt", program, zipped)
+        path = write_torch_file(tmp_path / "x.pt", program, zipped)
         try:
             safe_load(path)
             read += 1
@@ -332,21 +328,21 @@ def test_nothing_that_a_file_names_is_run(
         assert not mark.exists(), name
         assert not list(tmp_path.glob("*.patch")), name
         path.unlink()
-    assert read > 50, "most are inert, and hide no weights"
+    assert read > 50, "most files are read, with inert objects"
 
 
 @pytest.mark.parametrize(
     "name", ["os.system 2", "eval 4", "timeit 2", "getattr 4", "GLOBAL", "INST", "OBJ"]
 )
-def test_these_attempts_do_run_where_they_are_unpickled(name: str, tmp_path: Path) -> None:
+def test_the_attempts_run_code_with_plain_pickle(name: str, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     pickle.loads(attempts(mark)[name])
     assert mark.exists()
 
 
-def test_a_file_changes_nothing_for_the_next_one(tmp_path: Path) -> None:
-    """BUILD sets attributes of what it is given, which may be a function or a class that was looked up."""
-    good = saved(
+def test_a_file_cannot_modify_how_the_next_one_is_read(tmp_path: Path) -> None:
+    """BUILD sets attributes of any object, also of functions and classes that were looked up."""
+    good = save_torch_file(
         tmp_path / "good.pt", {"a": torch.arange(3.0), "b": OrderedDict(c={1}), "n": np.arange(3)}
     )
     before = safe_load(good)
@@ -388,7 +384,7 @@ def test_a_file_changes_nothing_for_the_next_one(tmp_path: Path) -> None:
                 state = b"(N}S'" + attribute + b"'\n" + value.replace(b"(c", b"c") + b"st"
                 for program in (found + state + b"b.", found + b")R" + state + b"b."):
                     with suppress(ValueError):
-                        safe_load(with_pickle(tmp_path / "x.pt", b"\x80\x02" + program))
+                        safe_load(write_torch_file(tmp_path / "x.pt", b"\x80\x02" + program))
     after = safe_load(good)
     assert torch.equal(after["a"], before["a"])
     assert (after["b"], after["n"].tolist()) == ({"c": {1}}, [0, 1, 2])
