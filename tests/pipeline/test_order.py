@@ -1,18 +1,13 @@
-"""Which samples make a batch: permutations, ranks, restarts, stand-ins."""
+"""The order of the samples: permutations, blocks, the ranks' parts and replacements."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import combinations, pairwise, permutations
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
-from pipeline import Batch, Loader, LoaderOptions, barlow_twins, open_loader, open_store
 from pipeline.order import (
     BLOCKS_MIXED,
     block_order,
@@ -23,22 +18,7 @@ from pipeline.order import (
 )
 
 
-def loader_of(photos: Path, batch_size: int, threads: int = 2, **options: Any) -> Loader:
-    return open_loader(
-        open_store(photos),
-        barlow_twins(24),
-        LoaderOptions(batch_size=batch_size, threads=threads, seed=5, **options),
-    )
-
-
-def same(a: Batch, b: Batch) -> bool:
-    """Equal to the bit."""
-    return all(
-        torch.equal(x, y) for x, y in zip((*a.views, *a[1:]), (*b.views, *b[1:]), strict=True)
-    )
-
-
-def test_an_epoch_is_a_permutation_and_no_two_are_alike() -> None:
+def test_epochs_are_different_permutations() -> None:
     orders = [
         epoch_order(1000, seed, epoch) for seed in (0, 1, 1 << 32, -1) for epoch in (0, 1, 999)
     ]
@@ -54,7 +34,7 @@ def test_every_permutation_is_equally_likely() -> None:
     assert stats.chisquare(np.bincount(drawn, minlength=120)).pvalue > 1e-4
 
 
-def test_every_sample_is_equally_likely_at_every_place() -> None:
+def test_every_sample_is_equally_likely_at_every_position() -> None:
     n, epochs = 64, 1_500
     seen = np.zeros((n, n))
     for epoch in range(epochs):
@@ -63,27 +43,19 @@ def test_every_sample_is_equally_likely_at_every_place() -> None:
     assert 1e-4 < stats.chi2((n - 1) ** 2).sf(statistic) < 1 - 1e-4
 
 
-# ── in blocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Blocks
 
 
-def test_the_orders_of_all_epochs_are_what_they_were() -> None:
-    """A checkpoint goes on with the order that it began with."""
+def test_orders_do_not_change_between_versions() -> None:
+    """A resumed run continues with the order that it began with."""
     assert epoch_order(12, 7, 3).tolist() == [0, 7, 3, 11, 9, 4, 2, 10, 1, 8, 5, 6]
-    assert epoch_order(36, 7, 3, block=2)[-6:].tolist() == [
-        6,
-        13,
-        19,
-        18,
-        3,
-        2,
-    ]  # the last two blocks of 18 at the end
+    # The end, with the last two of 18 blocks.
+    assert epoch_order(36, 7, 3, block=2)[-6:].tolist() == [6, 13, 19, 18, 3, 2]
 
 
 @pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 1000, 4099])
 @pytest.mark.parametrize("block", [1, 2, 7, 64, 5000])
-def test_an_order_in_blocks_holds_every_sample_once_and_never_opens_more_than_are_mixed(
-    n: int, block: int
-) -> None:
+def test_block_order_holds_every_sample_once_within_its_window(n: int, block: int) -> None:
     orders = [
         epoch_order(n, seed, epoch, block) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
     ]
@@ -91,7 +63,8 @@ def test_an_order_in_blocks_holds_every_sample_once_and_never_opens_more_than_ar
     for order in orders:
         assert order.dtype == np.int64
         assert np.array_equal(np.sort(order), np.arange(n))
-        first, last = np.full(n // block + 1, n), np.full(n // block + 1, -1)
+        first = np.full(n // block + 1, n)  # positions of each block
+        last = np.full(n // block + 1, -1)
         np.minimum.at(first, order // block, np.arange(n))
         np.maximum.at(last, order // block, np.arange(n))
         at_once = [((first <= position) & (position <= last)).sum() for position in range(0, n, 13)]
@@ -100,24 +73,25 @@ def test_an_order_in_blocks_holds_every_sample_once_and_never_opens_more_than_ar
         assert not any(np.array_equal(a, b) for a, b in combinations(orders[:3], 2))
 
 
-def test_an_order_takes_the_blocks_as_they_come_in_their_own_order() -> None:
-    """So that what is fetched ahead is what will be read."""
-    order, blocks = epoch_order(1003, 4, 2, 5), block_order(1003, 4, 2, 5)
+def test_windows_take_the_blocks_in_the_order_of_block_order() -> None:
+    """Prefetching relies on it."""
+    order = epoch_order(1003, 4, 2, 5)
+    blocks = block_order(1003, 4, 2, 5)
     assert sorted(blocks) == list(range(201))
     for first in range(0, 201, BLOCKS_MIXED):
         window = blocks[first : first + BLOCKS_MIXED]
         where = np.flatnonzero(np.isin(order // 5, window))
-        assert np.array_equal(where, np.arange(where[0], where[0] + len(where))), "side by side"
+        assert np.array_equal(where, np.arange(where[0], where[0] + len(where)))
         assert 5 * first - 2 <= where[0] <= 5 * first  # one block is two short
 
 
-def test_blocks_that_are_all_mixed_at_once_change_nothing() -> None:
+def test_one_window_of_all_blocks_is_a_full_shuffle() -> None:
     for block in (1000, 63, 10**15):
         assert np.array_equal(epoch_order(1000, 6, 9, block), epoch_order(1000, 6, 9))
     assert not np.array_equal(epoch_order(1000, 6, 9, 62), epoch_order(1000, 6, 9))
 
 
-def test_in_blocks_every_sample_is_equally_likely_at_a_place_and_so_is_every_neighbour() -> None:
+def test_in_blocks_every_sample_and_every_neighbour_is_equally_likely() -> None:
     block, blocks, epochs = 3, 4 * BLOCKS_MIXED, 3000
     orders = np.array([epoch_order(block * blocks, 2, epoch, block) for epoch in range(epochs)])
     for place in (0, 1, 47, 48, 100, 191):
@@ -129,8 +103,8 @@ def test_in_blocks_every_sample_is_equally_likely_at_a_place_and_so_is_every_nei
     assert stats.binomtest(alike, epochs, (block - 1) / (BLOCKS_MIXED * block - 1)).pvalue > 1e-4
 
 
-def test_the_company_of_a_sample_changes_from_epoch_to_epoch() -> None:
-    """Two blocks share a window with the probability (W - 1) / (blocks - 1), whether they did so before or not."""
+def test_blocks_share_windows_with_other_blocks_in_each_epoch() -> None:
+    """Two blocks share a window by chance, whether they did so in the epoch before or not."""
     block, blocks, epochs = 4, 8 * BLOCKS_MIXED, 60
     together = []
     for epoch in range(epochs):
@@ -143,10 +117,10 @@ def test_the_company_of_a_sample_changes_from_epoch_to_epoch() -> None:
     again = [(a & b).sum(1).mean() - 1 for a, b in pairwise(together)]
     chance = (BLOCKS_MIXED - 1) ** 2 / (blocks - 1)
     assert abs(np.mean(again) - chance) < 5 * np.std(again) / len(again) ** 0.5
-    assert chance < 2, "of 15 other blocks"
+    assert chance < 2  # of 15 other blocks
 
 
-# ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Steps and replacements
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
@@ -172,71 +146,18 @@ def test_ranks_split_the_same_global_batch(world: int) -> None:
         (3, 5, 5, []),
     ],
 )
-def test_stand_ins_come_from_the_same_place_of_later_batches_then_from_beside(
+def test_replacements_come_from_the_same_place_of_later_batches_then_beside(
     position: int, n: int, global_batch: int, expected: list[int]
 ) -> None:
     assert list(replacements(position, n, global_batch)) == expected
 
 
-def test_every_position_outside_the_own_batch_is_a_stand_in_once() -> None:
+def test_every_position_outside_the_own_batch_is_a_replacement_once() -> None:
     for n in range(1, 40):
         for global_batch in range(1, n + 1):
             for position in range(n):
-                found = list(replacements(position, n, global_batch))
-                assert len(set(found)) == len(found)
-                assert set(found) == {
+                candidates = list(replacements(position, n, global_batch))
+                assert len(set(candidates)) == len(candidates)
+                assert set(candidates) == {
                     p for p in range(n) if p // global_batch != position // global_batch
                 }
-
-
-@pytest.mark.parametrize("block", [None, 2])
-def test_starting_at_any_step_equals_having_run_to_it(photos: Path, block: int | None) -> None:
-    loader = loader_of(photos, 16, shuffle_block=block)
-    steps = len(loader)
-    assert steps == 3
-    run_through = list(loader.steps(0, 3 * steps))
-    assert len(run_through) == 9
-    for first in (1, 2, 3, 5, 8):  # 3 begins an epoch, 2 and 5 cross into the next
-        resumed = list(loader_of(photos, 16, shuffle_block=block).steps(first, 9))
-        assert len(resumed) == 9 - first
-        assert all(map(same, resumed, run_through[first:]))
-    assert all(map(same, loader.epoch(1), run_through[3:6]))
-    (last,) = loader.epoch(1, first_step=2)
-    assert same(last, run_through[5])
-    assert run_through[4].samples.tolist() == epoch_order(60, 5, 1, block)[16:32].tolist()
-
-
-def test_epochs_differ_in_order_and_in_distortions(photos: Path) -> None:
-    loader = loader_of(photos, 60)
-    (first,), (second,) = loader.epoch(0), loader.epoch(1)
-    assert not torch.equal(first.samples, second.samples)
-    assert torch.equal(first.samples.sort().values, second.samples.sort().values)
-    again = first.views[0][first.samples.argsort()], second.views[0][second.samples.argsort()]
-    assert all(not torch.equal(a, b) for a, b in zip(*again, strict=True))
-
-
-@pytest.mark.parametrize("threads", [1, 3, 8])
-def test_batches_do_not_depend_on_the_number_of_threads(photos: Path, threads: int) -> None:
-    for two, other in zip(
-        loader_of(photos, 50).steps(0, 2), loader_of(photos, 50, threads).steps(0, 2), strict=True
-    ):
-        assert same(two, other)
-
-
-@pytest.mark.parametrize(("world", "block"), [(2, None), (4, None), (2, 2)])
-def test_ranks_together_make_the_batches_of_one(
-    photos: Path, world: int, block: int | None
-) -> None:
-    def steps(rank: int, world: int) -> Iterator[Batch]:
-        return loader_of(photos, 16 // world, rank=rank, world=world, shuffle_block=block).steps(
-            0, 5
-        )
-
-    alone, ranks = steps(0, 1), [steps(rank, world) for rank in range(world)]
-    for whole, parts in zip(alone, zip(*ranks, strict=True), strict=True):
-        assert torch.equal(whole.samples, torch.cat([part.samples for part in parts]))
-        assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
-        for view, pieces in zip(
-            whole.views, zip(*(part.views for part in parts), strict=True), strict=True
-        ):
-            torch.testing.assert_close(torch.cat(pieces), view, rtol=0, atol=1e-5)
