@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ import tyro
 
 import pipeline
 from experiment import Console
+from pipeline import ConversionOptions
 from pipeline.images import image_size
 
 from . import record, tables
@@ -171,18 +172,21 @@ def list_conversions(
     def ffcv(target: Path, side: int | None = None) -> None:
         process.submit(write_beton, paths, str(target / "x.beton"), side).result()
 
-    def ours(target: Path, name: str = "x.beton", **options: Any) -> None:
-        pipeline.write_store(folder, target / name, **options)
+    def ours(target: Path, name: str, options: ConversionOptions) -> None:
+        pipeline.write_store(folder, target / name, options)
 
     whole = "FFCV's writer"
     small = f"FFCV's writer, {SIDE} px"
-    webdataset = partial(ours, name="x", format="webdataset")
-    tfrecord = partial(ours, name="x", format="tfrecord")
-    unvalidated = partial(ours, validate=False)
-    reduced = partial(ours, max_side=SIDE, quality=QUALITY)
+    beton = partial(ours, name="x.beton", options=ConversionOptions())
+    webdataset = partial(ours, name="x", options=ConversionOptions(format="webdataset"))
+    tfrecord = partial(ours, name="x", options=ConversionOptions(format="tfrecord"))
+    unvalidated = partial(ours, name="x.beton", options=ConversionOptions(validate=False))
+    reduced = partial(
+        ours, name="x.beton", options=ConversionOptions(max_side=SIDE, quality=QUALITY)
+    )
     return [
         Conversion(whole, whole, ffcv),
-        Conversion("twinfeed, beton", whole, ours),
+        Conversion("twinfeed, beton", whole, beton),
         Conversion("twinfeed, WebDataset", whole, webdataset),
         Conversion("twinfeed, TFRecord", whole, tfrecord),
         Conversion("twinfeed, beton, --no-validate", whole, unvalidated),
