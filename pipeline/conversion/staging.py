@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 
 from ..formats.index import ROW, save_index
 from ..formats.record_store import RecordStore
+from ..formats.scanning import Label
 from ..stores import Progress, class_names, join_names, no_progress, split_names
 from .source_types import RecordSource, Source, fits_index
-
-Label = int | str | None
 
 _MOST_CLASSES = 1 << 20  # without names: larger numbers are no classes, but identifiers
 _IMAGES_BETWEEN_REPORTS = 256

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from ..files import atomic_write
 from ..formats import FORMATS
 from ..formats.index import index_path, read_description, save_index
+from ..formats.scanning import Label
 from ..machine import single_threaded_workers, usable_cores
 from ..stores import Progress, no_progress
 from .journal import REJECTED, ConversionProgress, index_rows, read_journal
@@ -33,7 +34,7 @@ from .plan import Plan, describe_differences, make_plan
 from .shard_writer import ShardTask, reject_line, write_shard
 from .source_types import Source
 from .sources import open_source
-from .staging import Label, stage_images
+from .staging import stage_images
 from .work_folder import WorkFolder
 
 _LIBRARIES = ("numpy", "pillow", "simplejpeg", "torch")  # decide the bytes of re-encoded images
