@@ -1,4 +1,8 @@
-"""Starts train.py in a hundredth of the time: a process that has imported everything, and is forked for each run."""
+"""Starts train.py in a hundredth of a second: a server imports everything once, and forks for each
+run.
+
+`fork_server` is for tests. The rest of the file runs in the server's process.
+"""
 
 from __future__ import annotations
 
@@ -12,63 +16,84 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
-WRITING = os.O_WRONLY | os.O_RDWR
 
 
 class Run:
-    """A run that goes on beside the test, with all that it says in `said`."""
+    """A run of train.py in another process."""
 
-    def __init__(self, pid: int, said: Path, answers: Any) -> None:
-        self.pid, self.said, self._answers, self._status = pid, said, answers, ""
+    def __init__(self, pid: int, output: Path, server: ForkServer) -> None:
+        self.pid = pid
+        self._output = output
+        self._server = server
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """Nothing where it has ended: until it is asked for in `wait`, its number is given to no other process."""
-        os.kill(self.pid, number)
+    def kill(self) -> None:
+        """Kill the process, if it is still running.
 
-    def going_on(self) -> bool:
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        Its process id is not given to another process before `wait` was called.
+        """
+        os.kill(self.pid, signal.SIGKILL)
+
+    def is_running(self) -> bool:
+        after_name = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2]
+        return after_name.split()[0] != "Z"
 
     def wait(self) -> int:
-        """The exit status, or minus the signal that ended it."""
-        print("wait", file=self._answers[0], flush=True)
-        return int(self._answers[1].readline())
+        """Wait for the end; return the exit status, or minus the signal that ended it."""
+        return int(self._server.request("wait"))
 
     def text(self) -> str:
-        return self.said.read_text()
+        """Everything that it has printed."""
+        return self._output.read_text()
 
 
 class ForkServer:
-    """Call it with the arguments of train.py, once the run before has been waited for."""
+    """Call it with the arguments of train.py, after the previous run has been waited for."""
 
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
-        self._pipes, self.folder = (process.stdin, process.stdout), folder
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.folder = folder
+        self._requests: IO[str] = process.stdin
+        self._answers: IO[str] = process.stdout
 
     def __call__(self, *arguments: object, slow_disk_s: float = 0, killed_at: int = 0) -> Run:
-        """slow_disk_s: so much longer each file takes to be written, to be put in its place, and to be removed.
+        """Start train.py in `folder`.
 
-        killed_at: it kills itself before its nth change of what there is in its folder `run`; 0: never.
+        Args:
+            arguments: Those of train.py.
+            slow_disk_s: Seconds that are added to each write, renaming and deletion of a file.
+            killed_at: The run kills itself before its nth change of the folder `run`; 0: never.
         """
+        output = self.folder / "output"
         request = {
-            "arguments": [*map(str, arguments)],
+            "arguments": [str(argument) for argument in arguments],
             "slow_disk_s": slow_disk_s,
             "killed_at": killed_at,
+            "output": str(output),
         }
-        request["said"] = str(self.folder / "said")
-        print(json.dumps(request), file=self._pipes[0], flush=True)
-        return Run(int(self._pipes[1].readline()), self.folder / "said", self._pipes)
+        pid = int(self.request(json.dumps(request)))
+        return Run(pid, output, self)
+
+    def request(self, line: str) -> str:
+        print(line, file=self._requests, flush=True)
+        return self._answers.readline()
 
 
 @contextmanager
 def fork_server(folder: Path) -> Iterator[ForkServer]:
-    """One whose runs start in `folder`. Forking copies one thread: the server has no other, OpenBLAS's neither."""
+    """Start a server whose runs start in `folder`."""
+    # A fork copies only one thread, so the server must have no others, including OpenBLAS's.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, text=True, cwd=folder, env=environment
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env=environment,
     ) as process:
         try:
             yield ForkServer(process, folder)
@@ -76,29 +101,26 @@ def fork_server(folder: Path) -> Iterator[ForkServer]:
             process.kill()
 
 
-def slowly(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-    def slow(*rest: Any, **named: Any) -> Any:
-        time.sleep(seconds)
-        return function(*rest, **named)
-
-    return slow
-
-
-def kill_at(nth: int) -> None:
-    count = itertools.count(1)
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        """Python calls it before the operation."""
-        changes = event in ("os.rename", "os.remove", "os.mkdir") or (
-            event == "open" and arguments[2] & WRITING
-        )
-        if changes and "run" in Path(os.fsdecode(arguments[0])).parts and next(count) == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
+# The process of the server
 
 
 def serve() -> None:
+    """Answer each request with the process id of a run, and each "wait" with its exit status."""
+    import_everything()
+    for line in sys.stdin:
+        threads = os.listdir("/proc/self/task")
+        assert len(threads) == 1, f"{len(threads)} threads at a fork"
+        pid = os.fork()
+        if pid == 0:
+            run_train(json.loads(line))
+        print(pid, flush=True)
+        assert sys.stdin.readline() == "wait\n"
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def import_everything() -> None:
+    """Load what a run needs, so that each fork has it already."""
     sys.path.insert(0, str(ROOT))
     import numpy as np
     import tensorboard.compat.proto.event_pb2
@@ -106,47 +128,80 @@ def serve() -> None:
     import torch
     import torchvision  # noqa: F401
 
-    import experiment
-    import model
-    import train
+    import model  # noqa: F401
+    import train  # noqa: F401
     from experiment.presets import parse
     from pipeline import barlow_twins, distort, recipe
 
-    parse([])  # and what it imports
-    one = np.ones(1, np.int64)  # loads the compiled kernel
-    params = recipe.draw(barlow_twins(16), 0, 0, one, 16 * one, 16 * one)
-    distort.distort(torch.zeros(2, 1, 16, 16, 3, dtype=torch.uint8), params, barlow_twins(16))
-    for line in sys.stdin:
-        request = json.loads(line)
-        tasks = os.listdir("/proc/self/task")
-        assert len(tasks) == 1, f"{len(tasks)} threads at a fork"
-        pid = os.fork()
-        if pid == 0:
-            break
-        print(pid, flush=True)
-        sys.stdin.readline()
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-    else:
-        return
-    said = os.open(request["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for number, instead in ((0, os.open(os.devnull, os.O_RDONLY)), (1, said), (2, said)):
-        os.dup2(instead, number)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(
-            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        )
-    if seconds := request["slow_disk_s"]:
-        for name in ("fsync", "replace", "unlink"):
-            setattr(os, name, slowly(getattr(os, name), seconds))
-        model.checkpoint._Archive.write = slowly(
-            model.checkpoint._Archive.write, seconds / 100
-        )  # about 400 a file
-    if nth := request["killed_at"]:
-        kill_at(nth)
+    parse([])  # imports parts of tyro
+    # A first batch loads the compiled kernels.
+    sample = np.zeros(1, np.int64)
+    size = np.full(1, 16)
+    params = recipe.draw(barlow_twins(16), 0, 0, sample, size, size)
+    crops = torch.zeros(2, 1, 16, 16, 3, dtype=torch.uint8)
+    distort.distort(crops, params, barlow_twins(16))
+
+
+def run_train(request: dict[str, Any]) -> None:
+    """Run train.py in this process, which is a fresh fork, and exit."""
+    import experiment
+    import train
+    from experiment.presets import parse
+
+    redirect_output(request["output"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    if request["slow_disk_s"]:
+        slow_down_disk(request["slow_disk_s"])
+    if request["killed_at"]:
+        kill_before_change(request["killed_at"])
+
     sys.argv = [str(ROOT / "train.py"), *request["arguments"]]
-    status = experiment.run_command(lambda log: train.main(*parse(), log))
+    status = experiment.run_command(lambda console: train.main(*parse(), console))
     sys.stdout.flush()
-    os._exit(status)  # torch takes a second to be taken apart, in which nothing happens
+    os._exit(status)  # an orderly exit takes torch a second, in which nothing is written
+
+
+def redirect_output(path: str) -> None:
+    """Write what this process prints to a file, and give it an empty standard input."""
+    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+
+
+def slow_down_disk(seconds: float) -> None:
+    import model.checkpoint
+
+    for name in ("fsync", "replace", "unlink"):
+        setattr(os, name, delayed(getattr(os, name), seconds))
+    # About 400 writes per file.
+    writer = model.checkpoint._HashingWriter
+    writer.write = delayed(writer.write, seconds / 100)  # type: ignore[method-assign]
+
+
+def delayed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return function(*arguments, **options)
+
+    return call
+
+
+def kill_before_change(nth: int) -> None:
+    """Kill this process right before its nth change of files in a folder `run`."""
+    count = itertools.count(1)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        """Python calls this before each operation on files."""
+        is_change = event in ("os.rename", "os.remove", "os.mkdir")
+        if event == "open":
+            is_change = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if is_change and "run" in Path(os.fsdecode(arguments[0])).parts and next(count) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Killed at any moment, a run goes on from its last save and ends to the same bits."""
+"""A run that is killed at any moment can be resumed, and ends with the same results to the bit."""
 
 from __future__ import annotations
 
@@ -19,67 +19,72 @@ from tests.helpers.fork_server import ForkServer, Run, fork_server
 from tests.helpers.images import write_photos
 from tests.helpers.runs import TINY, read_summary, same_weights
 
-# Ten steps, each of which is saved.
+# Ten steps; a checkpoint is saved after each.
 OPTIONS = [
-    "--data",
-    "photos",
+    *("--data", "photos"),
     *TINY,
-    "--epochs",
-    "2",
-    "--lr",
-    "6",
-    "--threads",
-    "1",
-    "--log-steps",
-    "1",
-    "--checkpoint-minutes",
-    "0",
+    *("--epochs", "2"),
+    *("--lr", "6"),
+    *("--threads", "1"),
+    *("--log-steps", "1"),
+    *("--checkpoint-minutes", "0"),
+    *("--keep-checkpoints", "3"),
+    *("--milestone-epochs", "1"),
+    "--resume-if-saved",
 ]
-OPTIONS += ["--keep-checkpoints", "3", "--milestone-epochs", "1", "--resume-if-saved"]
-SAVING = [".checkpoint.pt.tmp"]
-ENDING = [".backbone.safetensors.tmp", ".backbone.pth.tmp", "summary.json.tmp"]
+# Files that exist only while a run saves a checkpoint, or its results at the end.
+CHECKPOINT_FILES = [".checkpoint.pt.tmp"]
+RESULT_FILES = [".backbone.safetensors.tmp", ".backbone.pth.tmp", "summary.json.tmp"]
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    """train.py on forty photographs, two of which do not decode: the same must stand in for them after a kill."""
+    """Starts train.py in a folder with 40 images.
+
+    Two of them are bad. After a kill, they must be replaced by the same images as before.
+    """
     folder = tmp_path_factory.mktemp("kills")
-    for path in sorted(write_photos(folder / "photos", 40, classes=1).rglob("*.jpg"))[3:5]:
+    photos = write_photos(folder / "photos", 40, classes=1)
+    for path in sorted(photos.rglob("*.jpg"))[3:5]:
         path.write_bytes(path.read_bytes()[:-300])
     with fork_server(folder) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def whole(start: ForkServer) -> Path:
-    """A run that nothing interrupted."""
-    run = start(*OPTIONS, "--run", "whole")
+def uninterrupted(start: ForkServer) -> Path:
+    """The folder of a run that was not killed."""
+    run = start(*OPTIONS, "--run-folder", "uninterrupted")
     assert run.wait() == 0, run.text()
-    return start.folder / "whole"
+    return start.folder / "uninterrupted"
 
 
-def wait_for(run: Run, signs: list[Path], times: int) -> None:
-    """Until one of the files has come into being for the nth time, or the run has ended."""
-    there, seen = False, 0
-    while seen < times and run.going_on():
-        before, there = there, any(path.exists() for path in signs)
-        seen += there and not before
+def wait_for(run: Run, files: list[Path], times: int) -> None:
+    """Wait until one of the files has appeared so many times, or until the run has ended."""
+    appeared = 0
+    existed = False
+    while appeared < times and run.is_running():
+        exists = any(path.exists() for path in files)
+        if exists and not existed:
+            appeared += 1
+        existed = exists
         time.sleep(0.0002)
 
 
-def kill_somewhere(run: Run, folder: Path, rng: random.Random, took_s: float) -> None:
-    moment = rng.choice(["any time", "saving", "ending"])
+def kill_at_random(run: Run, folder: Path, rng: random.Random, duration_s: float) -> None:
+    """Kill a run at any time of its `duration_s`, or while it saves something."""
+    moment = rng.choice(["any time", "saving a checkpoint", "saving results"])
     if moment == "any time":
-        time.sleep(rng.uniform(0, took_s))
+        time.sleep(rng.uniform(0, duration_s))
     else:
-        signs = SAVING if moment == "saving" else ENDING
-        wait_for(run, [folder / name for name in signs], rng.randint(1, 4))
+        names = CHECKPOINT_FILES if moment == "saving a checkpoint" else RESULT_FILES
+        wait_for(run, [folder / name for name in names], rng.randint(1, 4))
         time.sleep(rng.choice((0, rng.uniform(0, 0.02))))
     run.kill()
 
 
-def newest(folder: Path) -> int:
-    """The step of the newest checkpoint, 0 where there is none. None is damaged by a kill."""
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint; 0 if there is none. A kill must not damage any."""
     if not any(folder.glob("checkpoint*.pt")):
         return 0
     with model.Checkpoints(folder) as checkpoints:
@@ -88,82 +93,108 @@ def newest(folder: Path) -> int:
     return state["step"]
 
 
-def check_same(run: Path, whole: Path) -> None:
-    files = [
-        {str(p.relative_to(r)) for p in r.rglob("*") if p.parent.name != "tensorboard"}
-        for r in (run, whole)
-    ]
-    lines = [
-        [(line["step"], line["loss"]) for line in read_metrics(r / "metrics.jsonl")]
-        for r in (run, whole)
-    ]
-    assert files[0] == files[1], "as many checkpoints, nothing temporary"
-    assert lines[0] == lines[1], "each step once"
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(lines[0])
-    assert same_weights(run, whole)
+def assert_same_results(run: Path, uninterrupted: Path) -> None:
+    """Check that two runs have written the same files, with the same contents where possible."""
+    assert file_names(run) == file_names(uninterrupted), "the same checkpoints, no temporary files"
+    losses = logged_losses(run)
+    assert losses == logged_losses(uninterrupted), "each step once"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(losses)
+    assert same_weights(run, uninterrupted)
     for path in run.glob("checkpoint-*.pt"):
         assert model.load_checkpoint(path)["step"] == int(path.stem[-8:])
-    for path in [whole / "backbone.safetensors", *(whole / "correlation").iterdir()]:
-        assert (run / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
+    exported = uninterrupted / "backbone.safetensors"
+    for path in [exported, *(uninterrupted / "correlation").iterdir()]:
+        assert (run / path.relative_to(uninterrupted)).read_bytes() == path.read_bytes(), path
     for name in ("steps", "loss_first", "loss_last"):
-        assert read_summary(run)[name] == read_summary(whole)[name]
+        assert read_summary(run)[name] == read_summary(uninterrupted)[name]
 
 
-def check_kills(start: ForkServer, whole: Path, kills: int, slow_disk_s: float = 0) -> None:
-    """Runs that are killed and go on, one after the other, until so many kills have come."""
+def file_names(run: Path) -> set[str]:
+    """The files of a run, without TensorBoard's: a resumed run adds one to those."""
+    paths = [path for path in run.rglob("*") if path.parent.name != "tensorboard"]
+    return {str(path.relative_to(run)) for path in paths}
+
+
+def logged_losses(run: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(run / "metrics.jsonl")]
+
+
+def remove_runs(start: ForkServer) -> None:
+    for path in start.folder.glob("run*"):
+        shutil.rmtree(path)
+
+
+def check_random_kills(
+    start: ForkServer, uninterrupted: Path, kills: int, slow_disk_s: float = 0
+) -> None:
+    """Kill and resume runs, one after the other, until so many have been killed."""
     seed = random.randrange(1 << 32)
-    rng, folder, took_s, done, saved = random.Random(seed), start.folder / "run", math.inf, 0, 0
+    rng = random.Random(seed)
+    folder = start.folder / "run"
+    duration_s = math.inf  # of the shortest run so far
+    killed = 0
+    saved = 0  # the newest checkpoint of the present run
     try:
-        while done < kills or saved:
+        while killed < kills or saved:
             began = time.monotonic()
-            run = start(*OPTIONS, "--run", "run", slow_disk_s=slow_disk_s)
-            if done < kills and took_s < math.inf:
-                kill_somewhere(run, folder, rng, took_s)
+            run = start(*OPTIONS, "--run-folder", "run", slow_disk_s=slow_disk_s)
+            if killed < kills and duration_s < math.inf:
+                kill_at_random(run, folder, rng, duration_s)
             status = run.wait()
             assert status in (0, -signal.SIGKILL), run.text()
-            before, saved = saved, newest(folder)
-            assert saved >= before, "nothing that was saved is lost"
-            done += status != 0
-            if status == 0:
-                assert not before or f"resumed after step {before}" in run.text()
-                check_same(folder, whole)
-                took_s, saved = min(took_s, time.monotonic() - began), 0
-                for path in start.folder.glob("run*"):
-                    shutil.rmtree(path)
+
+            resumed_at = saved
+            saved = newest_step(folder)
+            assert saved >= resumed_at, "a checkpoint was lost"
+            if status != 0:
+                killed += 1
+                continue
+            if resumed_at:
+                assert f"resumed after step {resumed_at}" in run.text()
+            assert_same_results(folder, uninterrupted)
+            duration_s = min(duration_s, time.monotonic() - began)
+            saved = 0
+            remove_runs(start)
     except AssertionError as error:
-        error.add_note(f"seed {seed}, after {done} kills")
+        error.add_note(f"seed {seed}, after {killed} kills")
         raise
 
 
-def test_a_run_killed_ten_times_ends_to_the_same_bits(start: ForkServer, whole: Path) -> None:
-    check_kills(start, whole, 10)
+def test_a_run_killed_ten_times_ends_with_the_same_results(
+    start: ForkServer, uninterrupted: Path
+) -> None:
+    check_random_kills(start, uninterrupted, 10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kills", "slow_disk_s"), [(140, 0), (60, 0.03)])
-def test_runs_killed_two_hundred_times_end_to_the_same_bits(
-    start: ForkServer, whole: Path, kills: int, slow_disk_s: float
+def test_runs_killed_two_hundred_times_end_with_the_same_results(
+    start: ForkServer, uninterrupted: Path, kills: int, slow_disk_s: float
 ) -> None:
-    """On a slow disk most kills come upon the thread that writes."""
-    check_kills(start, whole, kills, slow_disk_s)
+    """With a slow disk, most kills come while the thread writes a checkpoint."""
+    check_random_kills(start, uninterrupted, kills, slow_disk_s)
 
 
 @pytest.mark.slow
-def test_a_run_killed_between_any_two_changes_of_its_folder_ends_to_the_same_bits(
-    start: ForkServer, whole: Path
+def test_a_run_killed_before_any_change_of_its_folder_ends_with_the_same_results(
+    start: ForkServer, uninterrupted: Path
 ) -> None:
-    folder, saved = start.folder / "run", 0
+    folder = start.folder / "run"
+    saved = 0
     for nth in itertools.count(1):
-        status = start(*OPTIONS, "--run", "run", killed_at=nth).wait()
-        assert status in (0, -signal.SIGKILL)
-        before, saved = saved, newest(folder)
-        assert saved >= before, f"killed before its change {nth} it has lost what was saved"
-        run = start(*OPTIONS, "--run", "run")
-        assert run.wait() == 0, f"{run.text()}, killed before its change {nth}"
-        assert not saved or f"resumed after step {saved}" in run.text()
-        check_same(folder, whole)
-        for path in start.folder.glob("run*"):
-            shutil.rmtree(path)
+        killed = start(*OPTIONS, "--run-folder", "run", killed_at=nth)
+        status = killed.wait()
+        assert status in (0, -signal.SIGKILL), killed.text()
+        saved_by_earlier_kill = saved
+        saved = newest_step(folder)
+        assert saved >= saved_by_earlier_kill, f"killed before change {nth}, a checkpoint was lost"
+
+        resumed = start(*OPTIONS, "--run-folder", "run")
+        assert resumed.wait() == 0, f"{resumed.text()}, killed before change {nth}"
+        if saved:
+            assert f"resumed after step {saved}" in resumed.text()
+        assert_same_results(folder, uninterrupted)
+        remove_runs(start)
         if status == 0:
             break
     assert nth > 60
