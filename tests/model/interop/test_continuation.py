@@ -52,8 +52,8 @@ def authors_step(groups: list[dict[str, Any]], momenta: dict[Tensor, Tensor], de
             g = p.grad
             if p.ndim > 1:
                 g = g + decay * p
-                norms = p.norm() * g.norm()
-                g = g * (0.001 * p.norm() / g.norm() if norms > 0 else 1.0)
+                if p.norm() * g.norm() > 0:
+                    g = g * 0.001 * p.norm() / g.norm()
             momenta[p] = 0.9 * momenta[p] + g if p in momenta else g
             p.data -= group["lr"] * momenta[p]
 
@@ -71,11 +71,12 @@ class AuthorsRun:
 
     def __init__(self, steps: int = 3, world: int = 1) -> None:
         torch.manual_seed(0)
-        self.network, self.momenta, self.world = AuthorsNetwork(), dict[Tensor, Tensor](), world
+        self.network = AuthorsNetwork()
+        self.momenta: dict[Tensor, Tensor] = {}
+        self.world = world
         parameters = list(self.network.parameters())
-        weights, biases = (
-            [p for p in parameters if (p.ndim == 1) == flat] for flat in (False, True)
-        )
+        weights = [p for p in parameters if not one_dimensional(p)]
+        biases = [p for p in parameters if one_dimensional(p)]
         self.groups: list[dict[str, Any]] = [
             {"params": weights, "lr": 0.2},
             {"params": biases, "lr": 0.0048 * world},
@@ -98,11 +99,12 @@ class AuthorsRun:
         numbers = iter(range(len(parameters)))
         saved = [
             {
-                **{"lr": lr, "weight_decay": 1e-6, "momentum": 0.9, "eta": 0.001},
-                **{
-                    "weight_decay_filter": one_dimensional,
-                    "lars_adaptation_filter": one_dimensional,
-                },
+                "lr": lr,
+                "weight_decay": 1e-6,
+                "momentum": 0.9,
+                "eta": 0.001,
+                "weight_decay_filter": one_dimensional,
+                "lars_adaptation_filter": one_dimensional,
                 "params": [next(numbers) for _ in group["params"]],
             }
             for lr, group in zip(self.lr, self.groups, strict=True)
@@ -138,14 +140,6 @@ def our_step(network: BarlowTwins, optimizer: LARS, seed: int, rates: tuple[floa
     optimizer.step()
 
 
-def in_float64(network: nn.Module, momenta: dict[Any, Any]) -> None:
-    for p in network.parameters():
-        p.data = p.data.double()
-        momenta[p] = (
-            momenta[p]["mu"].double() if isinstance(momenta[p], dict) else momenta[p].double()
-        )
-
-
 @pytest.mark.parametrize(("world", "tolerance"), [(1, 1e-13), (32, 3e-7)])
 def test_the_next_updates_equal_those_of_the_authors(
     world: int, tolerance: float, tmp_path: Path
@@ -161,15 +155,14 @@ def test_the_next_updates_equal_those_of_the_authors(
         continue_from(theirs.save(tmp_path / "checkpoint.pth"), settings), settings
     )
     assert rest == {"step": 4 * 5}
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(network.parameters(), theirs.network.parameters(), strict=True)
-    )
-    in_float64(theirs.network, theirs.momenta)
-    momenta: dict[Any, Any] = dict(optimizer.state)
-    in_float64(network, momenta)
-    for p, mu in momenta.items():
-        optimizer.state[p]["mu"] = mu
+    for p, q in zip(network.parameters(), theirs.network.parameters(), strict=True):
+        assert torch.equal(p, q)
+        # Further updates in float64.
+        p.data = p.data.double()
+        q.data = q.data.double()
+        optimizer.state[p]["mu"] = optimizer.state[p]["mu"].double()
+        theirs.momenta[q] = theirs.momenta[q].double()
+
     for seed, factor in ((10, 0.7), (11, 0.6)):
         theirs.step(seed, factor)
         our_step(network, optimizer, seed, (0.2 * factor, 0.0048 * factor))
@@ -201,9 +194,7 @@ def test_another_bias_rate_does_not_change_the_length_of_the_next_step(tmp_path:
 def solo_learn_entries(network: AuthorsNetwork) -> dict[str, Tensor]:
     """With the biases of solo-learn's projector."""
     entries = {
-        f"{name}": value
-        for name, value in network.state_dict().items()
-        if not name.startswith("bn.")
+        name: value for name, value in network.state_dict().items() if not name.startswith("bn.")
     }
     return entries | {f"projector.{i}.bias": torch.ones(n) for i, n in ((0, 24), (3, 24), (6, 16))}
 
