@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from model import safe_load
-from model.interop.safe_load import Inert
+from model.interop.safe_unpickler import Inert
 from tests.helpers.torch_files import BOTH_TORCH_FORMATS, save_torch_file, write_torch_file
 
 # ── content ───────────────────────────────────────────────────────────────────────────────────────
