@@ -9,7 +9,7 @@ from tests.helpers.images import EXAMPLE_IMAGES, encoded, picture, png
 
 
 def refused_jpeg(seed: int = 0) -> bytes:
-    """A whole header, but impossible Huffman tables: no decoder takes it; DALI notices only late."""
+    """A whole header, but impossible Huffman tables: no decoder takes it; DALI finds out late."""
     data = bytearray(encoded(picture(41, 30, seed)))
     table = data.index(b"\xff\xc4") + 5
     data[table : table + 16] = b"\xff" * 16

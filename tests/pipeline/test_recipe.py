@@ -30,9 +30,8 @@ from pipeline.recipe import (
     whole_view,
 )
 
-LEVEL = (
-    1e-4  # below this p-value a sample counts as drawn from another distribution; seeds are fixed
-)
+# A p-value below this shows another distribution. The seeds are fixed, so no test fails by chance.
+LEVEL = 1e-4
 COUNT = 100_000
 RECIPE = barlow_twins(224)
 
@@ -46,11 +45,11 @@ def drawn(
 
 @pytest.fixture(scope="module")
 def params() -> ViewParams:
-    """Of 100,000 images of 375 x 500 pixels."""
+    """The parameters of 100,000 images of 375 x 500 pixels."""
     return drawn(375, 500)
 
 
-# ── random words ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# Random words
 
 
 @pytest.mark.parametrize(
@@ -65,7 +64,7 @@ def params() -> ViewParams:
         ),
     ],
 )
-def test_philox_gives_its_published_answers(
+def test_philox_gives_the_published_values(
     key: tuple[int, int], counter: tuple[int, int, int, int], expected: tuple[int, ...]
 ) -> None:
     """Random123's `kat_vectors`, philox4x32-10."""
@@ -77,13 +76,13 @@ def test_philox_gives_its_published_answers(
     assert many.shape == (4, 3, 2)
 
 
-def test_uniform_numbers_lie_strictly_between_0_and_1() -> None:
+def test_uniform_numbers_are_strictly_between_0_and_1() -> None:
     ends = uniform(np.array([0, 0xFFFFFFFF], dtype=np.uint64))
     assert 0 < ends[0] < 2**-32
     assert 1 - 2**-32 < ends[1] < 1
 
 
-# ── boxes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Boxes
 
 
 def uncorrelated(a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
@@ -92,8 +91,8 @@ def uncorrelated(a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
     return abs(np.corrcoef(a, b)[0, 1]) < 4.9 / np.sqrt(len(a))  # beyond that once in 1e6
 
 
-def test_boxes_are_uniform_in_area_place_and_the_logarithm_of_their_ratio() -> None:
-    """The closed forms, in an image so large that rounding does not show and square, so that every try fits."""
+def test_boxes_are_uniform_in_area_place_and_log_ratio() -> None:
+    """In an image so large that rounding does not show, and square, so that every try fits."""
     side = 40_000
     crop = RandomResizedCrop(area=(0.08, 0.5))
     boxes = drawn(side, side, Recipe(8, crop, (View(), View()))).boxes.astype(np.float64)
@@ -130,7 +129,7 @@ class Case(NamedTuple):
     ],
     ids=str,
 )
-def test_boxes_are_distributed_as_torchvisions(case: Case) -> None:
+def test_boxes_are_distributed_as_those_of_torchvision(case: Case) -> None:
     recipe = Recipe(8, RandomResizedCrop(case.area, case.ratio), (View(), View()))
     ours = drawn(case.height, case.width, recipe, seed=4).boxes[1].astype(np.float64)
     image = torch.empty(1, case.height, case.width)
@@ -148,7 +147,7 @@ def test_boxes_are_distributed_as_torchvisions(case: Case) -> None:
         ("area", (ours[:, 2] - ours[:, 0]) * (ours[:, 3] - ours[:, 1]), width * height),
         ("ratio", (ours[:, 2] - ours[:, 0]) / (ours[:, 3] - ours[:, 1]), width / height),
         (
-            "left of what is free",
+            "left as a fraction of the free width",
             *(x / np.maximum(free, 1) for x, free in free_space(ours, theirs, case.width)),
         ),
     ):
@@ -158,14 +157,14 @@ def test_boxes_are_distributed_as_torchvisions(case: Case) -> None:
 def free_space(
     ours: NDArray[np.float64], theirs: NDArray[np.float64], width: int
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """The left edge, and how far it could have gone."""
+    """The left edges, and the largest possible ones."""
     return [(ours[:, 0], width - (ours[:, 2] - ours[:, 0])), (theirs[:, 1], width - theirs[:, 3])]
 
 
 @pytest.mark.parametrize(
     ("height", "width"), [(1, 1), (1, 9), (9, 1), (2, 300), (300, 2), (4, 9), (5, 5000), (33, 801)]
 )
-def test_boxes_of_odd_images_lie_inside_and_are_torchvisions_where_nothing_fits(
+def test_boxes_of_extreme_images_are_inside_and_fall_back_as_in_torchvision(
     height: int, width: int
 ) -> None:
     boxes = drawn(height, width).boxes
@@ -177,7 +176,7 @@ def test_boxes_of_odd_images_lie_inside_and_are_torchvisions_where_nothing_fits(
     assert (bottom - top).min() >= 1
     assert right.max() <= width
     assert bottom.max() <= height
-    # An area that no try can reach leaves the fallback alone, in ours and in theirs.
+    # No try can reach such an area, so both use their fallback.
     nothing_fits = Recipe(8, RandomResizedCrop(area=(50.0, 60.0)), (View(),))
     one = draw(nothing_fits, 0, 0, np.array([7]), np.array([height]), np.array([width])).boxes[0, 0]
     get_params = transforms.RandomResizedCrop.get_params
@@ -185,10 +184,10 @@ def test_boxes_of_odd_images_lie_inside_and_are_torchvisions_where_nothing_fits(
     assert one.tolist() == [j, i, j + w, i + h]
 
 
-# ── what is done to the crop ─────────────────────────────────────────────────────────────────────────────────────────
+# Distortions
 
 
-def test_jitter_is_distributed_as_torchvisions(params: ViewParams) -> None:
+def test_jitter_is_distributed_as_that_of_torchvision(params: ViewParams) -> None:
     jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
     torch.manual_seed(1)
     strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
@@ -207,7 +206,7 @@ def test_jitter_is_distributed_as_torchvisions(params: ViewParams) -> None:
         assert stats.chisquare(counts).pvalue > LEVEL
 
 
-def test_factors_fill_their_ranges_and_nothing_more(params: ViewParams) -> None:
+def test_factors_are_uniform_in_their_ranges(params: ViewParams) -> None:
     ranges = {
         BRIGHTNESS: (0.6, 1.4),
         CONTRAST: (0.6, 1.4),
@@ -220,9 +219,8 @@ def test_factors_fill_their_ranges_and_nothing_more(params: ViewParams) -> None:
             assert stats.kstest(factor, stats.uniform(low, high - low).cdf).pvalue > LEVEL
             assert factor.min() >= low - 1e-7
             assert factor.max() <= high + 1e-7
-    strong = Recipe(
-        8, RandomResizedCrop(), (View(brightness=1.5),)
-    )  # torchvision's rule: from max(0, 1 - 1.5)
+    # By torchvision's rule, from max(0, 1 - 1.5).
+    strong = Recipe(8, RandomResizedCrop(), (View(brightness=1.5),))
     factor = drawn(9, 9, strong).jitter_factor[0, :, BRIGHTNESS].astype(np.float64)
     assert stats.kstest(factor, stats.uniform(0, 2.5).cdf).pvalue > LEVEL
     assert (drawn(9, 9, strong).jitter_factor[0, :, [CONTRAST, SATURATION]] == 1).all()
@@ -248,7 +246,7 @@ def test_every_view_has_its_own_probabilities(params: ViewParams) -> None:
 
 
 def columns(params: ViewParams, view: int) -> dict[str, NDArray[np.float64]]:
-    """Numbers of one view that ought to be independent, but for box and box."""
+    """Numbers of one view, independent of each other except for those of the box."""
     left, top, right, bottom = params.boxes[view].astype(np.float64).T
     numbers = {
         "box area": (right - left) * (bottom - top),
@@ -277,9 +275,8 @@ def test_fields_and_views_are_independent(params: ViewParams) -> None:
         view, same_view = name[-1], name[-1] == other[-1]
         if same_view and (name.startswith("box") and other.startswith("box")):
             continue
-        if same_view and {name.split()[1], other.split()[1]} == {
-            "jitter"
-        }:  # the first is not the last
+        both_orders = {name.split()[1], other.split()[1]} == {"jitter"}
+        if same_view and both_orders:  # the first operation is not the last one
             continue
         assert uncorrelated(a, b), (name, other, view)
 
@@ -292,7 +289,7 @@ def test_samples_epochs_and_seeds_are_independent(params: ViewParams) -> None:
             assert uncorrelated(values, columns(other, 0)[name]), name
 
 
-def test_draws_of_a_sample_do_not_depend_on_its_company() -> None:
+def test_draws_of_a_sample_do_not_depend_on_its_batch() -> None:
     rng = np.random.default_rng(0)
     heights, widths = rng.integers(1, 500, (2, 5000))
     together = draw(RECIPE, 3, 2, np.arange(5000), heights, widths)
@@ -302,7 +299,7 @@ def test_draws_of_a_sample_do_not_depend_on_its_company() -> None:
         assert np.array_equal(a, b[:, chosen]), name
 
 
-def test_no_samples_have_no_draws() -> None:
+def test_empty_batch_has_empty_parameters() -> None:
     none = np.empty(0, dtype=np.int64)
     for recipe in (RECIPE, center_view(8)):
         params = draw(recipe, 0, 0, none, none, none)
@@ -311,22 +308,22 @@ def test_no_samples_have_no_draws() -> None:
 
 
 def test_take_indexes_every_field_by_view_and_sample(params: ViewParams) -> None:
-    some = params.take(1, slice(10, 30))
-    for name, a, b in zip(ViewParams._fields, some, params, strict=True):
+    taken = params.take(1, slice(10, 30))
+    for name, a, b in zip(ViewParams._fields, taken, params, strict=True):
         assert np.array_equal(a, b[1, 10:30]), name
 
 
-# ── recipes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Recipes
 
 
-def test_the_test_view_draws_nothing() -> None:
+def test_center_view_draws_nothing() -> None:
     params = drawn(300, 400, center_view(224))
     assert params.boxes.shape == (1, COUNT, 4)
     for name in ("flip", "jitter", "gray", "blur_sigma", "solarize"):
         assert not getattr(params, name).any(), name
 
 
-def test_the_training_view_of_classifiers_is_a_box_and_a_flip() -> None:
+def test_crop_view_is_a_random_box_and_a_flip() -> None:
     recipe = crop_view(224)
     assert (recipe.crop, recipe.views) == (
         RandomResizedCrop((0.08, 1.0), (3 / 4, 4 / 3), "bilinear"),
@@ -341,7 +338,7 @@ def test_the_training_view_of_classifiers_is_a_box_and_a_flip() -> None:
 @pytest.mark.parametrize(
     "size", [(375, 500), (500, 375), (333, 500), (500, 353), (9, 500), (256, 256), (1, 1)]
 )
-def test_the_box_of_a_whole_image_is_its_size_after_torchvisions_resize(
+def test_box_of_a_whole_image_is_its_size_after_resize_of_torchvision(
     size: tuple[int, int],
 ) -> None:
     height, width = transforms.Resize(256)(torch.zeros(1, *size)).shape[1:]
