@@ -39,7 +39,7 @@ def distort_view(
     dtype = out.dtype
     mean = np.array(recipe.mean)
     std = np.array(recipe.std)
-    # Arrays of other strides would be compiled for anew, which takes seconds.
+    # For arrays of other strides Numba would compile again, which takes seconds.
     fields = [np.ascontiguousarray(field) for field in (crops, *params[1:])]
     _distort_crops(
         *fields,

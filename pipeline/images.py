@@ -143,7 +143,7 @@ def decode(data: Encoded, height: int, width: int) -> Tensor:
 
 
 def _decode_jpeg(data: Encoded, size: tuple[int, int]) -> NDArray[np.uint8] | None:
-    """The pixels [H, W, 3] of a JPEG; None for what is left to Pillow.
+    """The pixels [H, W, 3] of a JPEG; None if Pillow has to decode it.
 
     Pillow decodes CMYK and 4:4:1, and decides which flaws in the data are tolerable.
     """

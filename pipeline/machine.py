@@ -88,7 +88,7 @@ def usable_cores() -> int:
 
 
 def single_threaded_workers(threads: int, name: str) -> ThreadPoolExecutor:
-    """A pool of threads in each of which torch uses only that thread: they share the images.
+    """A pool of threads, each of which runs torch on itself alone: they work on different images.
 
     torch's own (OpenMP) threads wait for each other by spinning. On a core that something else
     needs as well, each operation then waits for a whole scheduler slice: distorting 48-pixel views

@@ -1,4 +1,4 @@
-"""Numba kernels that keep working where Numba's cache on disk does not.
+"""Numba kernels that keep working if Numba's cache on disk does not.
 
 Used by `distort_cpu.py` and by `conversion/jpeg_check.py`, which hold the kernels themselves.
 """

@@ -61,7 +61,7 @@ class Prefetcher:
         self._pool = ThreadPoolExecutor(1, "prefetch")
 
     def start(self, epoch: int, positions: Samples) -> None:
-        """Start to fetch what the plan has for this step."""
+        """Start to fetch the samples that the plan has for this step."""
         for first, last in self._plan.ranges(epoch, positions):
             for sample in range(first, last, _SAMPLES_PER_REQUEST):
                 end = min(sample + _SAMPLES_PER_REQUEST, last)

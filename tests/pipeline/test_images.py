@@ -261,7 +261,7 @@ def test_random_damage_decodes_or_raises_bad_image() -> None:
 
 
 def lossless_jpeg(bits: int) -> bytes:
-    """One grey pixel, in the middle of what that many bits can say."""
+    """One grey pixel, with the middle value of that many bits."""
     frame = b"\xff\xc3\0\x0b" + bytes([bits]) + b"\0\1\0\1\1\1\x11\0"
     table = b"\xff\xc4\0\x14\0\1" + bytes(16)
     return b"\xff\xd8" + frame + table + b"\xff\xda\0\x08\1\1\0\1\0\0\x7f\xff\xd9"
