@@ -1,4 +1,4 @@
-"""VOC 2007's devkit: what is in a picture, and what is said about one that is damaged. See test_demo.py for more."""
+"""VOC 2007's devkit: the classes of a picture, and damaged files. See also test_demo_devkit.py."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from pipeline import open_voc
 from tests.helpers.images import encoded, picture
 
-# As in VOC2007: an object in parts, which have names too, and one that is difficult.
-PARTS = """<annotation>
+# As in VOC2007: an object with parts, which have names too, and a difficult one.
+ANNOTATION_WITH_PARTS = """<annotation>
 \t<folder>VOC2007</folder>
 \t<filename>000003.jpg</filename>
 \t<source><database>The VOC2007 Database</database><annotation>PASCAL VOC2007</annotation></source>
@@ -41,14 +41,14 @@ def annotation(*objects: tuple[str, int]) -> str:
 
 @pytest.fixture
 def devkit(tmp_path: Path) -> Path:
-    """Five pictures: 1, 3 and 4 to train on, 2 and 5 to test on."""
+    """Five pictures: 1, 3 and 4 in the trainval split, 2 and 5 in the test split."""
     root = tmp_path / "VOCdevkit" / "VOC2007"
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (root / name).mkdir(parents=True)
     texts = {
         1: annotation(("dog", 0), ("dog", 1), ("bus", 1)),
         2: annotation(("dog", 1), ("dog", 0)),
-        3: PARTS,
+        3: ANNOTATION_WITH_PARTS,
         4: annotation(),
         5: annotation(("cat", 1), ("person", 0)),
     }
@@ -68,9 +68,8 @@ def test_a_class_is_present_difficult_or_absent_in_the_order_of_the_list(
 ) -> None:
     root = (devkit, *devkit.parents)[above]
     store, targets, classes = open_voc(root, "trainval")
-    assert classes == ["bottle", "bus", "cat", "dog", "person"], (
-        "of both splits, and no part of an object"
-    )
+    # The classes of both splits; parts of objects are not classes.
+    assert classes == ["bottle", "bus", "cat", "dog", "person"]
     assert targets.dtype == np.int8
     assert targets.tolist() == [[-1, -1, -1, -1, -1], [-1, 0, -1, 1, -1], [0, -1, -1, -1, 1]]
     assert store.index["width"].tolist() == [44, 41, 43]
@@ -81,13 +80,17 @@ def test_a_class_is_present_difficult_or_absent_in_the_order_of_the_list(
     assert store.index["width"].tolist() == [42, 45]
 
 
-def bomb(depth: int = 9) -> str:
+def entity_bomb(depth: int = 9) -> str:
+    """A short document that expands to 10^depth words."""
     entities = "".join(f'<!ENTITY a{i + 1} "{f"&a{i};" * 10}">' for i in range(depth))
-    return f'<?xml version="1.0"?><!DOCTYPE annotation [<!ENTITY a0 "ha">{entities}]><annotation>&a{depth};</annotation>'
+    return (
+        f'<?xml version="1.0"?><!DOCTYPE annotation [<!ENTITY a0 "ha">{entities}]>'
+        f"<annotation>&a{depth};</annotation>"
+    )
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "said"),
+    ("file", "content", "message"),
     [
         ("ImageSets/Main/test.txt", None, r"test\.txt: .*No such file.*Unpack"),
         ("ImageSets/Main/test.txt", b"\n", r"test\.txt names no picture"),
@@ -99,10 +102,14 @@ def bomb(depth: int = 9) -> str:
             r"000005\.xml: no element found.*Unpack",
         ),
         ("Annotations/000005.xml", b"", r"000005\.xml: "),
-        ("Annotations/000005.xml", bomb().encode(), r"000005\.xml: it declares a document type"),
         (
             "Annotations/000005.xml",
-            bomb().encode("utf-16"),
+            entity_bomb().encode(),
+            r"000005\.xml: it declares a document type",
+        ),
+        (
+            "Annotations/000005.xml",
+            entity_bomb().encode("utf-16"),
             r"000005\.xml: it declares a document type",
         ),
         (
@@ -130,19 +137,19 @@ def bomb(depth: int = 9) -> str:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_missing_or_malformed_is_named(
-    devkit: Path, file: str, content: bytes | None, said: str
+def test_a_missing_or_malformed_file_is_named(
+    devkit: Path, file: str, content: bytes | None, message: str
 ) -> None:
     if content is None:
         (devkit / file).unlink()
     else:
         (devkit / file).write_bytes(content)
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         open_voc(devkit, "trainval")
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_that_holds_no_devkit_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_a_folder_without_a_devkit_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=re.escape(str(tmp_path)) + " holds no VOCdevkit/VOC2007.*unpack VOC2007"
     ):
