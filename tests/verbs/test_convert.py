@@ -1,4 +1,4 @@
-"""convert.py as it is typed: folder in, training out; its words; a Dask cluster; and SIGKILLs."""
+"""convert.py as a command: its output and refusals, training on the results, Dask, and kills."""
 
 from __future__ import annotations
 
@@ -6,120 +6,125 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
 
 from pipeline import FORMATS, open_store
+from tests.helpers.conversions import TARGETS, files_in
 from tests.helpers.images import encoded, picture, write_photos
-from tests.helpers.runs import TINY, Command, assert_refused, read_summary
+from tests.helpers.processes import ROOT
+from tests.helpers.runs import TINY, Command, assert_refused, ctrl_c, read_summary
 
-ROOT = Path(__file__).parents[2]
-TARGETS = {"beton": "x.beton", "webdataset": "x", "tfrecord": "x"}
+CONVERT = [sys.executable, str(ROOT / "convert.py")]
 
-
-def everything(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+# Training on what was converted
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_folder_becomes_data_that_train(
+def test_converted_folder_can_be_trained_on(
     convert: Command, train: Command, photos: Path, tmp_path: Path, format: str
 ) -> None:
     target = tmp_path / TARGETS[format]
-    status, text = convert(photos, target, *([] if format == "beton" else ["--format", format]))
+    options = [] if format == "beton" else ["--format", format]
+    status, text = convert(photos, target, *options)
     assert status == 0, text
     assert re.search(r"images +60 *\n +passed through +60 *\n", text)
     assert re.search(r"time +[\d.]+ s, [\d,]+ images/s, \d+ MB/s", text)
     assert f"uv run train.py --data {target}" in text
-    status, text = train("--data", target, "--epochs", "1", *TINY, "--run", tmp_path / "run")
+
+    run = tmp_path / "run"
+    status, text = train("--data", target, "--epochs", "1", *TINY, "--run", run)
     assert status == 0, text
     assert "54 images, 6 steps" in text  # a tenth is held out
-    assert read_summary(tmp_path / "run")["knn_top1_trained"] is not None
+    assert read_summary(run)["knn_top1_trained"] is not None
 
 
-def test_all_formats_train_alike(
+def test_losses_are_the_same_for_every_format(
     convert: Command, train: Command, photos: Path, tmp_path: Path
 ) -> None:
-    """The same order, labels and views from each: the same losses to the bit."""
+    """Order, labels and views are the same, so losses agree to the bit."""
     losses = []
     for format in FORMATS:
         target = tmp_path / format / TARGETS[format]
+        run = tmp_path / f"run-{format}"
         target.parent.mkdir()
         assert convert(photos, target, "--format", format)[0] == 0
-        assert (
-            train("--data", target, "--epochs", "1", *TINY, "--run", tmp_path / f"run-{format}")[0]
-            == 0
-        )
-        lines = (tmp_path / f"run-{format}" / "metrics.jsonl").read_text().splitlines()
+        assert train("--data", target, "--epochs", "1", *TINY, "--run", run)[0] == 0
+        lines = (run / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == losses[1] == losses[2]
 
 
-def test_train_and_val_betons_in_one_folder(
+def test_train_and_val_betons_in_one_folder_are_splits(
     convert: Command, train: Command, photos: Path, tmp_path: Path
 ) -> None:
+    data = tmp_path / "data"
+    run = tmp_path / "run"
     for split in ("train", "val"):
-        assert convert(photos, tmp_path / "data" / f"{split}.beton")[0] == 0
-    status, text = train(
-        "--data", tmp_path / "data", "--epochs", "1", *TINY, "--run", tmp_path / "run"
-    )
+        assert convert(photos, data / f"{split}.beton")[0] == 0
+    status, text = train("--data", data, "--epochs", "1", *TINY, "--run", run)
     assert status == 0, text
     assert "60 images, 7 steps" in text
-    assert read_summary(tmp_path / "run")["knn_top1_trained"] is not None
+    assert read_summary(run)["knn_top1_trained"] is not None
 
 
-def test_what_was_done_and_left_out_is_said(convert: Command, tmp_path: Path) -> None:
+# Output
+
+
+def test_treatments_and_rejects_are_printed(convert: Command, tmp_path: Path) -> None:
     source = write_photos(tmp_path / "source", 10, classes=1)
     (source / "class0" / "bad\n.jpg").write_bytes(b"no image")
     (source / "class0" / "a.png").write_bytes(encoded(picture(30, 20), "PNG"))
     (source / "class0" / "big.jpg").write_bytes(encoded(picture(500, 20), quality=80))
-    status, text = convert(source, tmp_path / "x.beton", "--max-side", "200", "--quality", "85")
+    command = [source, tmp_path / "x.beton", "--max-side", "200", "--quality", "85"]
+    status, text = convert(*command)
     assert status == 0, text
-    for what, count in (
+    for name, value in (
         ("images", 12),
         ("encoded with less quality", 10),
         ("from other formats", 1),
         ("resized", 1),
         ("left out", "1, see x.beton.rejects.jsonl"),
     ):
-        assert re.search(rf"{what} +{count} *\n", text), (what, text)
+        assert re.search(rf"{name} +{value} *\n", text), (name, text)
     (line,) = (tmp_path / "x.beton.rejects.jsonl").read_text().splitlines()
     assert json.loads(line)["name"].endswith("bad\n.jpg")
-    status, text = convert(source, tmp_path / "x.beton", "--max-side", "200", "--quality", "85")
+
+    status, text = convert(*command)
     assert status == 0
     assert "nothing to do" in text
 
 
-def test_odd_names_are_quoted_and_spelled_out(
+def test_control_characters_in_names_are_escaped(
     convert: Command, photos: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "my \x1b[31m.beton"
     text = convert(photos, target)[1] + convert("verify", target)[1]
-    spelled = f"{tmp_path}/my \\x1b[31m.beton"
-    assert f"uv run train.py --data '{spelled}'\n" in text
-    assert f"{spelled} is as it was written" in text
-    assert_refused(convert("verify", target, "--threads", "-3"), "-3 threads: at least 1")
+    escaped = f"{tmp_path}/my \\x1b[31m.beton"
+    assert f"uv run train.py --data '{escaped}'\n" in text
+    assert f"{escaped}: no problem" in text
     target.write_bytes(b"")
     status, text = convert("verify", target)
     assert status == 1
     assert "\x1b" not in text
 
 
-def test_verify_says_whether_all_is_well(convert: Command, photos: Path, tmp_path: Path) -> None:
+def test_verify_prints_problems_and_fails_if_there_are_any(
+    convert: Command, photos: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "x"
     assert convert(photos, target, "--format", "webdataset", "--shards", "2")[0] == 0
     status, text = convert("verify", target, "--against", photos)
-    assert (status, text.splitlines()[-1]) == (0, f"{target} is as it was written")
+    assert (status, text.splitlines()[-1]) == (0, f"{target}: no problem")
+
     shard = target / "shard-00001.tar"
     data = bytearray(shard.read_bytes())
     row = open_store(target).index[45]
@@ -131,226 +136,243 @@ def test_verify_says_whether_all_is_well(convert: Command, photos: Path, tmp_pat
     assert text.splitlines()[-1] == f"{target}: 1 problem"
 
 
-def test_wrong_wishes_are_one_line(convert: Command, photos: Path, tmp_path: Path) -> None:
-    assert_refused(convert(tmp_path / "nothing", tmp_path / "x.beton"), "nothing", "not there")
-    assert_refused(
-        convert(photos, tmp_path / "x"), "does not say which format", "beton, webdataset, tfrecord"
-    )
-    assert_refused(convert(photos, tmp_path / "x.beton", "--quality", "101"), "101", "at most 100")
-    assert_refused(
-        convert(photos, tmp_path / "x.beton", "--threads", "-3"), "threads: -3", "at least 1"
-    )
-    assert_refused(convert("verify", photos), "holds none of beton, webdataset, tfrecord")
+def test_refusals_are_one_line(convert: Command, photos: Path, tmp_path: Path) -> None:
+    beton = tmp_path / "x.beton"
+    assert_refused(convert(tmp_path / "nothing", beton), "nothing", "does not exist")
+    formats = "beton, webdataset, tfrecord"
+    assert_refused(convert(photos, tmp_path / "x"), "is not known from its name", formats)
+    assert_refused(convert(photos, beton, "--quality", "101"), "101", "at most 100")
+    assert_refused(convert(photos, beton, "--threads", "-3"), "threads: -3", "at least 1")
+    assert_refused(convert("verify", photos), f"holds none of {formats}")
+
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "val").mkdir()
-    assert_refused(
-        convert(tmp_path / "data", tmp_path / "x.beton"),
-        "train/ and val/",
-        "convert each by itself",
-    )
-    (tmp_path / "x.beton").write_bytes(b"precious")
-    assert_refused(
-        convert(photos, tmp_path / "x.beton"), "is there already", "move it, or name another"
-    )
-    assert (tmp_path / "x.beton").read_bytes() == b"precious"
+    splits = convert(tmp_path / "data", beton)
+    assert_refused(splits, "train/ and val/", "convert each separately")
+
+    beton.write_bytes(b"precious")
+    assert_refused(convert(photos, beton), "already exists", "move it, or choose another")
+    assert beton.read_bytes() == b"precious"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("x.beton.")]
 
 
-# ── other machines ───────────────────────────────────────────────────────────────────────────────────────────────────
+def test_verify_refuses_a_negative_number_of_threads(
+    convert: Command, photos: Path, tmp_path: Path
+) -> None:
+    convert(photos, tmp_path / "x.beton")
+    result = convert("verify", tmp_path / "x.beton", "--threads", "-3")
+    assert_refused(result, "-3 threads: at least 1")
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("stop", "expected_status"), [(ctrl_c, 130), (terminate, 75)])
+def test_stopped_conversion_is_resumed_by_the_same_command(
+    convert: Command,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: Callable[[], None],
+    expected_status: int,
+) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    assert convert(photos, tmp_path / "whole" / "x.beton")[0] == 0
+
+    calls = 0
+    writev = os.writev
+
+    def stop_at_third_call(fd: int, parts: list[bytes]) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            stop()
+        return writev(fd, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "writev", stop_at_third_call)
+        status, text = convert(photos, tmp_path / "stopped" / "x.beton")
+    assert status == expected_status, text
+    is_printed = "interrupted; the same command continues from there" in text
+    assert is_printed == (stop is ctrl_c)
+    assert (tmp_path / "stopped" / "x.beton.partial").exists()
+
+    assert convert(photos, tmp_path / "stopped" / "x.beton")[0] == 0
+    assert files_in(tmp_path / "stopped") == files_in(tmp_path / "whole")
+
+
+# Other machines
 
 
 @pytest.fixture(scope="module")
 def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Dask scheduler and two worker processes, started in a folder from which nothing of ours can be imported."""
+    """The address of a Dask scheduler with two worker processes.
+
+    They run in a folder from which none of our modules can be imported.
+    """
     folder = tmp_path_factory.mktemp("cluster")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
-
-    def start(*command: str) -> subprocess.Popen[str]:
-        log = open(folder / f"{command[0]}-{len(processes)}.log", "w")  # noqa: SIM115  # for as long as it lives
-        logs.append(log)
-        return subprocess.Popen(
-            [sys.executable, "-m", f"distributed.cli.{command[0]}", *command[1:]],
-            cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
+    environment["DASK_DISTRIBUTED__WORKER__DAEMON"] = "False"
     processes: list[subprocess.Popen[str]] = []
-    logs: list[object] = []
-    told = folder / "scheduler.json"
-    processes.append(
-        start(
-            "dask_scheduler",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            "0",
-            "--no-dashboard",
-            "--scheduler-file",
-            str(told),
+    logs: list[TextIO] = []
+
+    def start(module: str, *arguments: str) -> None:
+        log = open(folder / f"{module}-{len(logs)}.log", "w")  # noqa: SIM115  # closed below
+        logs.append(log)
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"distributed.cli.{module}", *arguments, "--no-dashboard"],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-    )
-    wait_for(told.exists)
-    address = json.loads(told.read_text())["address"]
-    worker = (
-        "dask_worker",
-        address,
-        "--nthreads",
-        "1",
-        "--no-dashboard",
-        "--no-nanny",
-        "--host",
-        "127.0.0.1",
-    )
-    processes += [start(*worker), start(*worker)]
+        processes.append(process)
+
+    local = ["--host", "127.0.0.1"]
+    information = folder / "scheduler.json"
+    start("dask_scheduler", *local, "--port", "0", "--scheduler-file", str(information))
+    wait_for(information.exists)
+    address = json.loads(information.read_text())["address"]
+    for _ in range(2):
+        start("dask_worker", address, *local, "--nthreads", "1", "--no-nanny")
     yield address
     for process in reversed(processes):
-        process.kill()  # asked to end, a worker may wait for its scheduler
+        process.kill()  # a worker that is asked to end may wait for its scheduler
         process.wait()
     for log in logs:
-        log.close()  # type: ignore[attr-defined]
+        log.close()
 
 
-def wait_for(condition: object, seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < until
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
 @pytest.mark.parametrize("format", ["webdataset", pytest.param("tfrecord", marks=pytest.mark.slow)])
-def test_a_dask_cluster_writes_the_same_bytes(
+def test_dask_cluster_writes_the_same_bytes(
     scheduler: str, photos: Path, tmp_path: Path, format: str
 ) -> None:
-    """In processes of their own: the client leaves threads behind that are not ours to close."""
+    """In processes of their own: Dask's client leaves threads running."""
+    command = [*CONVERT, str(photos), "x", "--format", format, "--shards", "5"]
     for folder, options in (("here", []), ("there", ["--scheduler", scheduler])):
         (tmp_path / folder).mkdir()
-        command = [
-            sys.executable,
-            str(ROOT / "convert.py"),
-            str(photos),
-            "x",
-            "--format",
-            format,
-            "--shards",
-            "5",
-        ]
-        done = subprocess.run(
-            [*command, *options], cwd=tmp_path / folder, capture_output=True, text=True, timeout=300
+        run = subprocess.run(
+            [*command, *options],
+            cwd=tmp_path / folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert re.search(r"images +60", done.stdout)
-    here, there = everything(tmp_path / "here"), everything(tmp_path / "there")
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert re.search(r"images +60", run.stdout)
+    here = files_in(tmp_path / "here")
+    there = files_in(tmp_path / "there")
     assert here.keys() == there.keys()
     assert here == there
     assert len([name for name in there if name.startswith("x/shard-")]) >= 5
 
 
-def test_a_cluster_that_is_not_there_is_one_line(
+def test_missing_scheduler_is_refused_in_one_line(
     convert: Command, photos: Path, tmp_path: Path
 ) -> None:
-    assert_refused(
-        convert(photos, tmp_path / "x", "--format", "tfrecord", "--scheduler", "tcp://127.0.0.1:9"),
-        "127.0.0.1:9",
-    )
+    options = ["--format", "tfrecord", "--scheduler", "tcp://127.0.0.1:9"]
+    assert_refused(convert(photos, tmp_path / "x", *options), "127.0.0.1:9")
 
 
-def test_a_cluster_without_workers_is_one_line(photos: Path, tmp_path: Path) -> None:
-    """The scheduler in a process of its own, which the program ends with; it would be waited for without end."""
-    code = (
-        "import asyncio, sys, dask.distributed as d\n"
-        "async def main():\n"
-        "    async with d.Scheduler(host='127.0.0.1', port=0, dashboard=False) as s:\n"
-        "        print(s.address, flush=True); await s.finished()\n"
-        "asyncio.run(main())"
-    )
+SCHEDULER_WITHOUT_WORKERS = """
+import asyncio
+import dask.distributed
+
+async def main():
+    async with dask.distributed.Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
+        print(scheduler.address, flush=True)
+        await scheduler.finished()
+
+asyncio.run(main())
+"""
+
+
+def test_scheduler_without_workers_is_refused_in_one_line(photos: Path, tmp_path: Path) -> None:
+    """The scheduler is in a process of its own, since it does not end by itself."""
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SCHEDULER_WITHOUT_WORKERS], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout
         address = process.stdout.readline().strip()
-        command = [
-            sys.executable,
-            str(ROOT / "convert.py"),
-            str(photos),
-            str(tmp_path / "x"),
-            "--format",
-            "tfrecord",
-        ]
-        done = subprocess.run(
-            [*command, "--scheduler", address], capture_output=True, text=True, timeout=100
-        )
+        options = ["--format", "tfrecord", "--scheduler", address]
+        command = [*CONVERT, str(photos), str(tmp_path / "x"), *options]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=100)
         process.terminate()
-    assert done.returncode == 1
-    assert (
-        done.stderr.splitlines()[-1]
-        == f"error: no worker is at {address}: start some, dask worker {address}"
-    )
+    assert run.returncode == 1
+    message = f"error: no worker is at {address}: start some with: dask worker {address}"
+    assert run.stderr.splitlines()[-1] == message
 
 
-# ── killed ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Kills and memory
 
 
 @pytest.mark.slow
-def test_sigkills_at_random_moments_do_not_show(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_kills_at_random_moments_do_not_change_the_result(tmp_path: Path, format: str) -> None:
     source = write_photos(tmp_path / "source", 2000)
     (source / "class1" / "bad.jpg").write_bytes(b"no image")
-    for format in FORMATS:
-        (tmp_path / format / "whole").mkdir(parents=True)
-        (tmp_path / format / "killed").mkdir()
-        command = [
-            sys.executable,
-            str(ROOT / "convert.py"),
-            str(source),
-            TARGETS[format],
-            "--format",
-            format,
-        ]
-        command += ["--shard-size", "700", "--threads", "1"]
-        began = time.monotonic()
-        subprocess.run(command, cwd=tmp_path / format / "whole", check=True, capture_output=True)
-        longest = time.monotonic() - began
-        rng, kills = random.Random(format), 0
-        for _ in range(8):
-            process = subprocess.Popen(
-                command, cwd=tmp_path / format / "killed", stdout=subprocess.DEVNULL
-            )
-            try:
-                process.wait(rng.uniform(0.5, 1.05) * longest)
-                break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                kills += 1
-        subprocess.run(command, cwd=tmp_path / format / "killed", check=True, capture_output=True)
-        assert everything(tmp_path / format / "killed") == everything(tmp_path / format / "whole")
-        print(format, "killed", kills, "times")
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    options = ["--format", format, "--shard-size", "700", "--threads", "1"]
+    command = [*CONVERT, str(source), TARGETS[format], *options]
+
+    started_at = time.monotonic()
+    subprocess.run(command, cwd=whole, check=True, capture_output=True)
+    duration = time.monotonic() - started_at
+
+    rng = random.Random(format)
+    kills = 0
+    for _ in range(8):
+        process = subprocess.Popen(command, cwd=killed, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(rng.uniform(0.5, 1.05) * duration)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    subprocess.run(command, cwd=killed, check=True, capture_output=True)
+    assert files_in(killed) == files_in(whole)
+    print(format, "killed", kills, "times")
+
+
+PEAK_MEMORY = r"""
+import re, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+# ru_maxrss would include the memory of the parent process.
+print("peak", *re.findall(r"VmHWM:\s+(\d+)", open("/proc/self/status").read()))
+"""
 
 
 @pytest.mark.slow
 def test_memory_stays_below_a_gibibyte(tmp_path: Path) -> None:
-    """400 MB of images; what Python, torch and the threads need is counted too."""
-    source, rng = tmp_path / "source", np.random.default_rng(0)
+    """400 MB of images; the memory of Python, torch and the threads is included."""
+    source = tmp_path / "source"
     source.mkdir()
+    rng = np.random.default_rng(0)
     photo = encoded(picture(2400, 1600), quality=95)
     for i in range(400):
         (source / f"{i}.jpg").write_bytes(photo + rng.bytes(10))
-    script = (
-        "import re, runpy, sys\n"
-        "sys.argv = sys.argv[1:]\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-        "print('peak', *re.findall(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read()))\n"  # ru_maxrss: its parent's
-    )
-    command = [
-        sys.executable,
-        "-c",
-        script,
-        str(ROOT / "convert.py"),
-        str(source),
-        str(tmp_path / "x.beton"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (peak,) = re.findall(r"peak (\d+)", done.stdout)
-    print("peak, MB:", int(peak) / 1024)
-    assert int(peak) < 1 << 20
+    arguments = [str(ROOT / "convert.py"), str(source), str(tmp_path / "x.beton")]
+    command = [sys.executable, "-c", PEAK_MEMORY, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (peak_kib,) = re.findall(r"peak (\d+)", run.stdout)
+    print("peak, MiB:", int(peak_kib) / 1024)
+    assert int(peak_kib) < 1 << 20
