@@ -1,9 +1,8 @@
-"""What a run of train.py does about its health: tests, skipped steps, divergence, collapse."""
+"""Health of a run: tests on held-out images, skipped steps, divergence and collapse."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,21 @@ import torch
 from torch import Tensor
 
 import model
-from tests.helpers.runs import TINY, Command, assert_refused, at_step, read_summary, same_weights
+from experiment.metrics import read_metrics
+from tests.helpers.runs import (
+    TINY,
+    Command,
+    assert_refused,
+    at_step,
+    read_summary,
+    same_weights,
+    saved_step,
+    weights_of,
+)
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(run / "metrics.jsonl")
 
 
 def test_evaluation_during_training_does_not_change_the_weights(
@@ -56,9 +65,9 @@ def test_a_step_with_nan_gradients_is_skipped_and_counted(
     assert status == 0, text
     skipped = [line["skipped"] for line in metrics_of(tmp_path / "run")]
     assert skipped == [0] * 7 + [1, 2, 2, 2, 2]
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert all(value.isfinite().all() for value in state["model"].values())
-    updates = state["model"]["backbone.bn1.num_batches_tracked"]
+    weights = weights_of(tmp_path / "run")
+    assert all(value.isfinite().all() for value in weights.values())
+    updates = weights["backbone.bn1.num_batches_tracked"]
     assert updates == 2 * 10, "two views in each step that was not skipped"
 
 
@@ -71,7 +80,7 @@ def test_many_skipped_steps_in_a_row_end_the_run_with_the_state_before_them(
         at_step(patch, 5, lambda: make_gradients_nan(patch, range(100)))
         result = train(*options, "--run-folder", run)
     assert_refused(result, "at step 20", "16 steps in a row", "lower --lr", "is from before that")
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert saved_step(run) == 5
 
     status, text = train(*options, "--run-folder", run, "--resume")  # with good gradients again
     assert status == 0, text
