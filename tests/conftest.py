@@ -68,8 +68,8 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pretrained(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run: one epoch of pretraining on `labelled`."""
     folder = tmp_path_factory.mktemp("pretrained") / "tiny"
-    options = ["--data", labelled, "--epochs", "1", *TINY, "--run-folder", folder]
-    command = [sys.executable, TRAIN, *options]
+    options = ["--data", str(labelled), "--epochs", "1", *TINY, "--run-folder", str(folder)]
+    command = [sys.executable, str(TRAIN), *options]
     subprocess.run(command, check=True, capture_output=True, cwd=folder.parent)
     return folder
 

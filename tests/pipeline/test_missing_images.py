@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline import Batch, FolderStore, LoaderOptions, barlow_twins, open_loader, open_store
+from pipeline import Batch, LoaderOptions, barlow_twins, open_loader, open_store
+from pipeline.stores import FolderStore
 from pipeline.stores import folder as folder_store
 from tests.helpers.images import write_photos
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import pipeline
 from experiment.metrics import read_metrics
-from pipeline import FolderStore
+from pipeline.stores import FolderStore
 from tests.helpers.images import encoded, picture
 from tests.helpers.runs import TINY, Command, at_step, read_summary
 

@@ -7,6 +7,7 @@ import os
 import random
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,7 +118,7 @@ def test_a_run_leaks_nothing_in_hundreds_of_steps(
     before = resources()
     learning_rate_factor = model.learning_rate_factor
 
-    def patched(step: int, *arguments: int, **options: float) -> float:
+    def patched(step: int, *arguments: Any, **options: Any) -> float:
         if step % 100 == 99:
             readings.append(resident_mb())
         return learning_rate_factor(step, *arguments, **options)
