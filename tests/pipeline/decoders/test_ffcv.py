@@ -25,6 +25,15 @@ from pipeline import (
     open_store,
 )
 from pipeline.recipe import Recipe, crop_view, draw, whole_view
+from tests.helpers.betons import (
+    FIELD_BYTES,
+    HEADER_BYTES,
+    IGNORE_FINALIZER,
+    IGNORE_FORKS,
+    TABLE_OFFSET,
+    write_beton,
+    write_with_ffcv,
+)
 from tests.helpers.images import (
     BAD_IMAGES,
     EXAMPLE_IMAGES,
@@ -35,17 +44,8 @@ from tests.helpers.images import (
 )
 from tests.helpers.resources import NEEDS_PROC, resources_in_use
 from tests.helpers.stores import FixedSizeStore, decoder_of, whole_images
-from tests.pipeline.formats.test_beton import (
-    FIELD,
-    FINALIZER,
-    FORKS,
-    HEADER,
-    TABLE,
-    ffcv_writes,
-    write,
-)
 
-pytestmark = [FINALIZER, FORKS, pytest.mark.usefixtures("ffcv")]
+pytestmark = [IGNORE_FINALIZER, IGNORE_FORKS, pytest.mark.usefixtures("ffcv")]
 
 ROOT = Path(__file__).parents[3]
 SIZE = 24
@@ -54,7 +54,9 @@ RECIPE = barlow_twins(SIZE)
 
 def beton_of(path: Path, images: list[bytes]) -> Store:
     return open_store(
-        write(path / "x.beton", [(data, i % 3) for i, data in enumerate(images)], size=(41, 30))
+        write_beton(
+            path / "x.beton", [(data, i % 3) for i, data in enumerate(images)], size=(41, 30)
+        )
     )
 
 
@@ -109,7 +111,7 @@ def test_raw_and_jpeg_images_written_by_ffcv_are_decoded(tmp_path: Path) -> None
     }
     texts = [np.arange(i + 1, dtype=np.uint8) for i in range(16)]
     small = [np.zeros((2, 2, 3), np.uint8)] * 16
-    path = ffcv_writes(tmp_path / "x.beton", fields, [texts, list(range(16)), pixels, small])
+    path = write_with_ffcv(tmp_path / "x.beton", fields, [texts, list(range(16)), pixels, small])
     store = open_store(path)
     assert {data[:2] for data in store.read_batch(np.arange(16))} == {b"P6", b"\xff\xd8"}
     plan = drawn(store, center_view(32))
@@ -194,7 +196,9 @@ def test_stream_takes_only_a_few_batches_ahead_from_an_endless_plan(forty: Store
 @NEEDS_PROC
 def test_many_streams_leave_no_thread_file_or_memory_behind(tmp_path: Path) -> None:
     images = [encoded(picture(500, 400, seed=i)) for i in range(24)]
-    store = open_store(write(tmp_path / "x.beton", [(data, 0) for data in images], size=(500, 400)))
+    store = open_store(
+        write_beton(tmp_path / "x.beton", [(data, 0) for data in images], size=(500, 400))
+    )
     decoder = decoder_of("ffcv", store, barlow_twins(96))
 
     def open_streams(count: int) -> None:
@@ -281,8 +285,8 @@ def test_changed_or_truncated_beton_is_refused_before_ffcv_reads_it(
     decoder = decoder_of("ffcv", forty, RECIPE)
     path = tmp_path / "x.beton"
     whole = path.read_bytes()
-    table = struct.unpack_from("<Q", whole, TABLE)[0]
-    image_address = HEADER + 2 * FIELD + 5
+    table = struct.unpack_from("<Q", whole, TABLE_OFFSET)[0]
+    image_address = HEADER_BYTES + 2 * FIELD_BYTES + 5
     for at in (image_address, table + 8, table + 16):  # and the address and size of its allocation
         data = bytearray(whole)
         struct.pack_into("<Q", data, at, 2**40)

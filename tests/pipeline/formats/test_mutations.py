@@ -1,4 +1,4 @@
-"""Damaged files: each ends in decoded images, in rejects with a reason, or in one clear error, and in nothing else."""
+"""Damaged files give decoded images, rejects with a reason, or one clear error; nothing else."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ import pytest
 
 from pipeline import FORMATS, ConversionOptions, open_store, verify_store, write_store
 from pipeline.images import BadImage, decode
-from tests.helpers.images import encoded, picture
-from tests.pipeline.test_images import FORMATS as IMAGES
+from tests.helpers.images import EXAMPLE_IMAGES, encoded, picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-LONGEST_S, MOST_BYTES = 20, 600 << 20  # of one file
+DATA_SUFFIXES = (".beton", ".tar", ".tfrecord", ".jpg", ".png")
+LONGEST_S = 20  # for one file
+MOST_BYTES = 600 << 20  # of memory, for all of them
 
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A small data set in each format, with and without labels, and a folder of all kinds of images."""
+    """A small data set in each format, with and without labels, and a folder of example images."""
     folder = tmp_path_factory.mktemp("originals")
     images = [encoded(picture(20 + i, 30, seed=i), quality=70) for i in range(10)]
-    found = {}
+    originals = {}
     for format in FORMATS:
         for labelled in (True, False):
             path = folder / f"{format}-{labelled}" / ("x.beton" if format == "beton" else "x")
@@ -37,18 +38,21 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             write_store(
                 zip(images, labels, strict=True), path, ConversionOptions(format=format, shards=2)
             )
-            found[f"{format}-{labelled}"] = path
+            originals[f"{format}-{labelled}"] = path
     path = folder / "folder" / "x"
     (path / "a").mkdir(parents=True)
-    for name, data in IMAGES.items():
+    for name, data in EXAMPLE_IMAGES.items():
         (path / "a" / f"{name}.{'jpg' if 'jpeg' in name else 'png'}").write_bytes(data)
-    return found | {"folder": path}
+    originals["folder"] = path
+    return originals
 
 
 def damage(data: bytes, rng: np.random.Generator, other: bytes) -> bytes:
-    """Bits flipped, anywhere or near an end; cut off; parts removed, repeated, exchanged or zeroed."""
-    changed, size = bytearray(data), len(data)
-    kind, at = rng.integers(9), int(rng.integers(max(1, size)))
+    """A copy with flipped bits, cut off, or with a part removed, repeated, replaced or zeroed."""
+    changed = bytearray(data)
+    size = len(data)
+    kind = rng.integers(9)
+    at = int(rng.integers(max(1, size)))
     length = int(rng.integers(1, 2000))
     if kind < 3 and size:
         first, last = ((0, size), (0, min(size, 4000)), (max(0, size - 600), size))[kind]
@@ -87,23 +91,13 @@ def within(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def outcome(path: Path, result: Path) -> str:
-    """What came of opening, reading, converting and verifying it: any error but the expected ones fails the test."""
+def use(path: Path, result: Path) -> str:
+    """Open, read, convert and verify a data set, and return what came of it.
+
+    Any error but the expected ones fails the test.
+    """
     try:
-        store = open_store(path)
-        kinds = set()
-        for sample, row in enumerate(store.index):
-            (data,) = store.read_batch(np.array([sample]))
-            try:
-                assert decode(data, int(row["height"]), int(row["width"])).shape[1:] == (
-                    row["height"],
-                    row["width"],
-                )
-                kinds.add("decoded")
-            except BadImage:
-                kinds.add("bad")
-        assert all(reason.strip() for reason in store.rejects.values())
-        store.name(0)
+        kinds = read(path)
     except (ValueError, OSError) as error:
         assert_clear(error)
         kinds = {"refused"}
@@ -122,54 +116,65 @@ def outcome(path: Path, result: Path) -> str:
     return ", ".join(sorted(kinds))
 
 
+def read(path: Path) -> set[str]:
+    store = open_store(path)
+    kinds = set()
+    for sample, row in enumerate(store.index):
+        (data,) = store.read_batch(np.array([sample]))
+        height = int(row["height"])
+        width = int(row["width"])
+        try:
+            assert decode(data, height, width).shape[1:] == (height, width)
+            kinds.add("decoded")
+        except BadImage:
+            kinds.add("bad")
+    assert all(reason.strip() for reason in store.rejects.values())
+    store.name(0)
+    return kinds
+
+
 def assert_clear(error: Exception) -> None:
     assert type(error) is not UnicodeDecodeError  # a ValueError, too
     assert len(str(error)) > 20, error
     assert "\n" not in str(error), error
 
 
-def hunt(originals: dict[str, Path], folder: Path, count: int, first: int = 0) -> Counter[str]:
+def use_damaged_copies(
+    originals: dict[str, Path], folder: Path, count: int, first: int = 0
+) -> Counter[str]:
+    """Damage one file of a copy and use it, `count` times; `first` is the first seed."""
     outcomes: Counter[str] = Counter()
     for seed in range(first, first + count):
         rng = np.random.default_rng(seed)
         name = list(originals)[seed % len(originals)]
-        here = folder / str(seed)
-        shutil.copytree(originals[name].parent, here)
-        target = here / originals[name].name
-        victims = sorted(path for path in here.rglob("*") if path.is_file())
-        data = [
-            path
-            for path in victims
-            if path.suffix in (".beton", ".tar", ".tfrecord", ".jpg", ".png")
-        ]
-        if rng.random() < 0.6:  # as others would have written it
-            for path in set(victims) - set(data):
+        copy = folder / str(seed)
+        shutil.copytree(originals[name].parent, copy)
+        target = copy / originals[name].name
+        files = sorted(path for path in copy.rglob("*") if path.is_file())
+        data = [path for path in files if path.suffix in DATA_SUFFIXES]
+        if rng.random() < 0.6:  # as others write it, without index and description
+            for path in set(files) - set(data):
                 path.unlink()
-            victims = data
-        victim, other = (victims[int(rng.integers(len(victims)))] for _ in range(2))
+            files = data
+        victim, other = (files[int(rng.integers(len(files)))] for _ in range(2))
         victim.write_bytes(damage(victim.read_bytes(), rng, other.read_bytes()))
-        outside = {path for path in folder.iterdir() if path != here}
+        outside = {path for path in folder.iterdir() if path != copy}
         with within(LONGEST_S):
             try:
-                outcomes[outcome(target, here / "result.beton")] += 1
+                outcomes[use(target, copy / "result.beton")] += 1
             except BaseException as error:
-                error.add_note(f"seed {seed}: {victim.relative_to(here)} of {name}")
+                error.add_note(f"seed {seed}: {victim.relative_to(copy)} of {name}")
                 raise
-        assert {path for path in folder.iterdir() if path != here} == outside
-        shutil.rmtree(here)
+        assert {path for path in folder.iterdir() if path != copy} == outside
+        shutil.rmtree(copy)
     return outcomes
 
 
-def examine(outcomes: Counter[str], count: int, memory_before: int) -> None:
+def check_outcomes(outcomes: Counter[str], count: int, memory_before: int) -> None:
     print(*outcomes.items(), sep="\n")
     assert sum(outcomes.values()) == count
-    for kind in (
-        "decoded",
-        "bad",
-        "refused",
-        "converted",
-        "not converted",
-    ):  # the damage is neither too small nor too large
+    # All outcomes occur: the damage is neither too small nor too large.
+    for kind in ("decoded", "bad", "refused", "converted", "not converted"):
         assert any(kind in names.split(", ") for names in outcomes), kind
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert peak - memory_before < MOST_BYTES
@@ -177,10 +182,11 @@ def examine(outcomes: Counter[str], count: int, memory_before: int) -> None:
 
 def test_three_hundred_damaged_files(originals: dict[str, Path], tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    examine(hunt(originals, tmp_path, 300), 300, before)
+    check_outcomes(use_damaged_copies(originals, tmp_path, 300), 300, before)
 
 
 @pytest.mark.slow
 def test_ten_thousand_damaged_files(originals: dict[str, Path], tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    examine(hunt(originals, tmp_path, 10_000, first=1000), 10_000, before)
+    outcomes = use_damaged_copies(originals, tmp_path, 10_000, first=1000)
+    check_outcomes(outcomes, 10_000, before)

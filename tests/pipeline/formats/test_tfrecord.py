@@ -1,4 +1,4 @@
-"""TFRecords as convert.py writes them and as people have them, beside tfrecord2idx, DALI and a file of TensorFlow's."""
+"""TFRecords written by us and by others, compared with tfrecord2idx, DALI and TensorFlow."""
 
 from __future__ import annotations
 
@@ -21,10 +21,19 @@ from pipeline.formats import EncodedSample, find_format, tfrecord
 from pipeline.formats.index import sidecar_path
 from tests.helpers.images import encoded, picture
 from tests.helpers.libraries import import_or_skip
-from tests.helpers.records import JPEGS, LABELS, check_mutations, images_of, opened, write_records
+from tests.helpers.records import (
+    JPEGS,
+    LABELS,
+    SIZES,
+    check_damaged_copies,
+    images_of,
+    open_records,
+    write_records,
+)
 
-# Two Examples that TensorFlow 2.21 wrote: a PNG of 3 x 2 pixels of (200, 30, 90), labels 300 and 0, other features.
-TENSORFLOWS = zlib.decompress(
+# Two Examples that TensorFlow 2.21 wrote: a PNG of 3 x 2 pixels of (200, 30, 90), the labels 300
+# and 0, and other features.
+WRITTEN_BY_TENSORFLOW = zlib.decompress(
     base64.b85decode(
         "c-lL~00C>x3m@e=&d4RrC779;n4YSioRe5wte=yZl$s;NCdI<Vw1x>NDS#|ll3GzB#LmUa#hjd2!j;U$3z1CCOU_S8O%V#>3gGhV4DfU3<&xq8"
         "TEXk-;SvO-nSq#zg9%6qiGB11Qlg$Njv*Cul5G^lj~)PnBS1ysT8u77;ukA}T<7WP=d#Wzp@~b4OAKO3eo|Iya*2LYQhtSgMQ&!E5RVWS7Y74F"
@@ -33,7 +42,7 @@ TENSORFLOWS = zlib.decompress(
 )
 
 
-# Messages of protobuf, by its specification; the features of others may stand in any order, and be of any kind.
+# Protobuf messages, by their specification: others may write features of any kind in any order.
 
 
 def varint(value: int) -> bytes:
@@ -80,17 +89,21 @@ def tfrecords(path: Path, examples: Iterable[bytes]) -> Path:
     return path
 
 
-def tfrecord2idx(file: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def tfrecord2idx_sidecar(file: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The sidecar that DALI's tfrecord2idx writes for a file."""
     import_or_skip("nvidia.dali")
-    to = file.with_name("theirs")
-    monkeypatch.setitem(sys.modules, "tensorflow", None)  # it does without, and starts sooner
-    monkeypatch.setattr(sys, "argv", ["tfrecord2idx", str(file), str(to)])
+    sidecar = file.with_name("theirs")
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # it is optional, and slow
+    monkeypatch.setattr(sys, "argv", ["tfrecord2idx", str(file), str(sidecar)])
     runpy.run_path(str(Path(sys.executable).with_name("tfrecord2idx")))
-    return to.read_text()
+    return sidecar.read_text()
 
 
-def dalis(files: list[Path], keys: dict[str, type], samples: int) -> dict[str, list[Any]]:
-    """What DALI's own reader finds by the sidecars. A key that is missing would be what the memory happens to hold."""
+def read_with_dali(files: list[Path], keys: dict[str, type], samples: int) -> dict[str, list[Any]]:
+    """The values that DALI's own reader finds, by the sidecars.
+
+    For a key that is missing, it returns whatever the memory holds.
+    """
     dali, kinds = import_or_skip("nvidia.dali"), import_or_skip("nvidia.dali.tfrecord")
     kind = {bytes: (kinds.string, ""), int: (kinds.int64, -1)}
     features = {key: kinds.FixedLenFeature((), *kind[keys[key]]) for key in keys}
@@ -114,63 +127,59 @@ def dalis(files: list[Path], keys: dict[str, type], samples: int) -> dict[str, l
     }
 
 
-# ── what we write ────────────────────────────────────────────────────────────────────────────────────────────────────
+# What we write
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_dali_reads_every_key_of_what_we_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labelled: bool
 ) -> None:
-    names, labels = (
-        [f"x-{i:05d}-of-00002.tfrecord" for i in range(2)],
-        [abs(i) if labelled else -1 for i in LABELS],
-    )
-    parts = zip(names, ((0, 4), (4, 9)), strict=True)
-    files = [
-        write_records(tmp_path / name, tfrecord, JPEGS[a:b], labels[a:b]) for name, (a, b) in parts
-    ]
-    opened(tmp_path, tfrecord)
+    labels = [abs(label) if labelled else -1 for label in LABELS]
+    files = []
+    for i, part in enumerate((slice(0, 4), slice(4, 9))):
+        path = tmp_path / f"x-{i:05d}-of-00002.tfrecord"
+        files.append(write_records(path, tfrecord, JPEGS[part], labels[part]))
+    open_records(tmp_path, tfrecord)
     for file in files:
-        assert sidecar_path(file).read_text() == tfrecord2idx(file, monkeypatch)
-    expected: dict[str, list[Any]] = {"image/encoded": JPEGS, "image/format": [b"JPEG"] * 9}
-    expected["image/height"], expected["image/width"] = (
-        [40 - 2 * i for i in range(9)],
-        [20 + 3 * i for i in range(9)],
-    )
-    expected["image/filename"] = [b"a/%d.jpg" % i for i in (0, 1, 2, 3, 0, 1, 2, 3, 4)]
+        assert sidecar_path(file).read_text() == tfrecord2idx_sidecar(file, monkeypatch)
+    expected: dict[str, list[Any]] = {
+        "image/encoded": JPEGS,
+        "image/format": [b"JPEG"] * 9,
+        "image/height": [height for _, height in SIZES],
+        "image/width": [width for width, _ in SIZES],
+        "image/filename": [b"a/%d.jpg" % i for i in (0, 1, 2, 3, 0, 1, 2, 3, 4)],
+    }
     if labelled:
         expected["image/class/label"] = labels
-    assert dalis(files, {key: type(values[0]) for key, values in expected.items()}, 9) == expected
+    assert (
+        read_with_dali(files, {key: type(values[0]) for key, values in expected.items()}, 9)
+        == expected
+    )
 
 
-def test_a_store_of_it_reads_at_random(tmp_path: Path) -> None:
-    for i, (a, b) in enumerate(((0, 5), (5, 9))):
-        write_records(
-            tmp_path / f"train.tfrecord-{i:05d}-of-00002", tfrecord, JPEGS[a:b], LABELS[a:b]
-        )
-    store = pickle.loads(pickle.dumps(opened(tmp_path, tfrecord)))
+def test_a_store_reads_at_random(tmp_path: Path) -> None:
+    for i, part in enumerate((slice(0, 5), slice(5, 9))):
+        path = tmp_path / f"train.tfrecord-{i:05d}-of-00002"
+        write_records(path, tfrecord, JPEGS[part], LABELS[part])
+    store = pickle.loads(pickle.dumps(open_records(tmp_path, tfrecord)))
     order = np.random.default_rng(0).integers(0, 9, 50)
     assert store.read_batch(order) == [JPEGS[i] for i in order]
     assert store.index["label"].tolist() == LABELS
-    sizes = list(zip(store.index["width"], store.index["height"], strict=True))
-    assert sizes == [(20 + 3 * i, 40 - 2 * i) for i in range(9)]
+    assert list(zip(store.index["width"], store.index["height"], strict=True)) == SIZES
     assert f"train.tfrecord-00001-of-00002, byte {store.index['offset'][5]}" in store.name(5)
-    assert (
-        find_format(tmp_path)
-        == find_format(tmp_path / "train.tfrecord-00000-of-00002")
-        == "tfrecord"
-    )
-    idx = [f"train.tfrecord-{i:05d}-of-00002.idx" for i in range(2)]
-    assert sorted(path.name for path in tmp_path.glob("*.idx")) == idx
+    assert find_format(tmp_path) == "tfrecord"
+    assert find_format(tmp_path / "train.tfrecord-00000-of-00002") == "tfrecord"
+    sidecars = [f"train.tfrecord-{i:05d}-of-00002.idx" for i in range(2)]
+    assert sorted(path.name for path in tmp_path.glob("*.idx")) == sidecars
 
 
 @pytest.mark.parametrize("size", [1, 100, 127, 128, 16_000, 16_383, 16_384, 3_000_000])
-def test_lengths_of_any_number_of_bytes_are_right(tmp_path: Path, size: int) -> None:
-    """An Example that is put together by the specification is the same but for the order of its features."""
-    image, name = bytes(size), "é" * (size % 200) + ".jpg"
-    before, after = tfrecord.frame(
-        0, EncodedSample(0, name, size, size, 2 * size, image, checksum=0)
-    )
+def test_images_of_any_length_are_framed_right(tmp_path: Path, size: int) -> None:
+    """The record is the one that the specification of protobuf gives."""
+    image = bytes(size)
+    name = "é" * (size % 200) + ".jpg"
+    sample = EncodedSample(0, name, size, size, 2 * size, image, checksum=0)
+    before, after = tfrecord.frame(0, sample)
     features = [
         packed("image/height", size),
         packed("image/width", 2 * size),
@@ -184,13 +193,13 @@ def test_lengths_of_any_number_of_bytes_are_right(tmp_path: Path, size: int) -> 
     assert before + image + after == record(example(*features))
 
 
-# ── what others write ────────────────────────────────────────────────────────────────────────────────────────────────
+# What others write
 
 
-def test_a_file_of_tensorflows_is_read(tmp_path: Path) -> None:
+def test_a_file_that_tensorflow_wrote_is_read(tmp_path: Path) -> None:
     file = tmp_path / "a.tfrecord"
-    file.write_bytes(TENSORFLOWS)
-    store = opened(file, tfrecord)
+    file.write_bytes(WRITTEN_BY_TENSORFLOW)
+    store = open_records(file, tfrecord)
     assert store.index["label"].tolist() == [300, 0]
     for image in images_of(store):
         assert Image.open(io.BytesIO(image)).getpixel((2, 1)) == (200, 30, 90)
@@ -231,20 +240,20 @@ IMAGE = texts("image/encoded", JPEGS[0])
         ([message(700, b"unknown"), IMAGE, message(1), packed("other", *range(0, 9999, 7))], None),
     ],
 )
-def test_examples_as_people_have_them(
+def test_examples_that_others_write_are_read(
     tmp_path: Path, features: list[bytes], label: str | None
 ) -> None:
     later = message(2, message(1, b"lists of a SequenceExample"))
     split = b"".join(message(1, feature) for feature in features)  # fields of one number are merged
     for i, data in enumerate((example(*features) + later, later + split)):
-        store = opened(tfrecords(tmp_path / f"{i}.tfrecords", [data]), tfrecord)
+        store = open_records(tfrecords(tmp_path / f"{i}.tfrecords", [data]), tfrecord)
         assert images_of(store) == JPEGS[:1]
         assert [
             store.classes[number] if number >= 0 else None for number in store.index["label"]
         ] == [label]
 
 
-def test_what_a_folder_holds(tmp_path: Path) -> None:
+def test_files_of_a_folder_are_found_and_sorted(tmp_path: Path) -> None:
     names = ["a9.tfrecords", "a10.tfrecords", "a.tfrecord", "t-00000-of-00002", "t-00001-of-00002"]
     for name in [
         *names[::-1],
@@ -263,7 +272,7 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "form", ["t-%s-of-00012", "t.tfrecord-%s-of-00012", "t-%s-of-00012.tfrecord"]
 )
-def test_missing_files_of_a_set_are_named(tmp_path: Path, form: str) -> None:
+def test_missing_shards_are_named(tmp_path: Path, form: str) -> None:
     for i in range(12):
         (tmp_path / (form % f"{i:05d}")).touch()
     assert len(tfrecord.files(tmp_path)) == 12
@@ -274,22 +283,22 @@ def test_missing_files_of_a_set_are_named(tmp_path: Path, form: str) -> None:
     assert find_format(tmp_path / (form % "00004")) == "tfrecord"
 
 
-# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Damage
 
 
-def test_damaged_data_cost_one_record(tmp_path: Path) -> None:
+def test_damaged_data_reject_one_record(tmp_path: Path) -> None:
     file = write_records(tmp_path / "a.tfrecord", tfrecord)
-    clean = opened(file, tfrecord)
+    clean = open_records(file, tfrecord)
     data = bytearray(file.read_bytes())
     data[clean.index["offset"][3] + 50] ^= 1
     file.write_bytes(data)
-    store = opened(file, tfrecord)
+    store = open_records(file, tfrecord)
     assert images_of(store) == JPEGS[:3] + JPEGS[4:]
     at = sidecar_path(file).read_text().splitlines()[3].split()[0]
     assert store.rejects == {f"record at byte {at}": "damaged: its checksum is wrong"}
 
 
-def test_records_that_hold_no_image_are_left_out_with_the_reason(tmp_path: Path) -> None:
+def test_records_without_an_image_are_left_out_with_the_reason(tmp_path: Path) -> None:
     image = texts("image", JPEGS[0])
     bad = {
         b"": "holds no image",
@@ -306,18 +315,15 @@ def test_records_that_hold_no_image_are_left_out_with_the_reason(tmp_path: Path)
     }
     file = tfrecords(tmp_path / "a.tfrecord", [*bad, example(image)])
     for _ in range(2):  # the second time from the cache
-        store = opened(file, tfrecord)
+        store = open_records(file, tfrecord)
         assert images_of(store) == JPEGS[:1]
         reasons = sorted(store.rejects.items(), key=lambda item: int(item[0].split()[-1]))
         assert len(reasons) == len(bad)
-        assert not [
-            reason
-            for (_, reason), part in zip(reasons, bad.values(), strict=True)
-            if part not in reason
-        ]
+        for (_, reason), expected in zip(reasons, bad.values(), strict=True):
+            assert expected in reason
 
 
-def test_a_damaged_length_or_a_cut_is_named_by_its_place(tmp_path: Path) -> None:
+def test_a_damaged_length_or_a_cut_is_reported_with_its_place(tmp_path: Path) -> None:
     good = write_records(tmp_path / "good.tfrecord", tfrecord).read_bytes()
     starts = [
         int(line.split()[0])
@@ -354,34 +360,33 @@ def test_a_damaged_length_or_a_cut_is_named_by_its_place(tmp_path: Path) -> None
             tfrecord.scan(bad)
 
 
-def test_mutations_are_refused_or_read_as_bytes(tmp_path: Path) -> None:
+def test_random_damage_is_refused_or_does_no_harm(tmp_path: Path) -> None:
     examples = [
         example(texts("image", encoded(picture(9, 9, i))), unpacked("label", 300 + i))
         for i in range(5)
     ]
-    check_mutations(tfrecords(tmp_path / "a.tfrecord", examples), tfrecord)
+    check_damaged_copies(tfrecords(tmp_path / "a.tfrecord", examples), tfrecord)
 
 
-def test_mutations_of_examples_are_refused_or_read_as_bytes(tmp_path: Path) -> None:
-    """Under checksums that agree."""
-    rng, good = (
-        np.random.default_rng(0),
-        example(texts("image", encoded(picture(9, 9))), packed("label", 300, 2)),
-    )
+def test_random_damage_under_right_checksums_rejects_records_or_does_no_harm(
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(0)
+    good = example(texts("image", encoded(picture(9, 9))), packed("label", 300, 2))
     examples = []
     for _ in range(300):
         data = bytearray(good)
         for at in rng.integers(0, 60, 1 + rng.integers(3)):
             data[at] = rng.integers(256)
         examples.append(bytes(data[: len(good) - rng.integers(2)]))
-    store = opened(tfrecords(tmp_path / "a.tfrecord", examples), tfrecord)
+    store = open_records(tfrecords(tmp_path / "a.tfrecord", examples), tfrecord)
     assert len(store) + len(store.rejects) == 300
     assert 20 < len(store) < 280
     assert all(images_of(store))
 
 
-def test_two_sets_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
+def test_two_sets_of_shards_in_one_folder_are_refused(tmp_path: Path) -> None:
     for name in ("train-00000-of-00001", "validation-00000-of-00001"):
         write_records(tmp_path / name, tfrecord, [encoded(picture(20, 20))], [0])
     with pytest.raises(ValueError, match="holds train and validation: give each its own folder"):
-        opened(tmp_path, tfrecord)
+        open_records(tmp_path, tfrecord)
