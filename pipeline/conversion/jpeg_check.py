@@ -261,8 +261,7 @@ def _walk_blocks_python(  # noqa: C901, PLR0912  # as several functions, it was 
         start: Where its entropy-coded data begin.
         mcus: Number of MCUs.
         blocks: For each block of an MCU, the index of its codes in the tables.
-        many: See `_lookup_tables`.
-        one: See `_lookup_tables`.
+        many, one: See `_lookup_tables`.
     """
     buffer = uint64(0)  # the next bits, from the top
     held = 0  # how many bits are in it

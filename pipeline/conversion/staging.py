@@ -105,8 +105,8 @@ class LabelNumbering:
         most = len(self._classes) or _MOST_CLASSES
         return number if 0 <= number < most else None
 
-    def settle(self, labels: NDArray[np.int32]) -> tuple[list[str], NDArray[np.int32]]:
-        """The names of the classes, and the labels with their final numbers.
+    def finish(self, labels: NDArray[np.int32]) -> tuple[list[str], NDArray[np.int32]]:
+        """The names of the classes, and all labels with their final numbers.
 
         Collected names are numbered alphabetically, as those of a folder of images are.
         """
@@ -115,10 +115,10 @@ class LabelNumbering:
         classes = sorted(self._collected)
         final = {name: number for number, name in enumerate(classes)}
         final_by_number = np.array([final[name] for name in self._collected], dtype=np.int32)
-        settled = labels.copy()
-        labelled = labels >= 0
-        settled[labelled] = final_by_number[labels[labelled]]
-        return classes, settled
+        final_labels = labels.copy()
+        is_labelled = labels >= 0
+        final_labels[is_labelled] = final_by_number[labels[is_labelled]]
+        return classes, final_labels
 
 
 def stage_images(
@@ -181,15 +181,15 @@ def stage(
         raise ValueError(_describe_empty(identity, copy.rejects))
 
     rows = copy.rows()
-    settled_classes, rows["label"] = numbering.settle(rows["label"])
+    final_classes, rows["label"] = numbering.finish(rows["label"])
     texts: dict[str, Iterable[str]] = {
         "about": [identity, copy.names_digest()],
-        "classes": settled_classes,
+        "classes": final_classes,
         "rejects": copy.rejects,
         "reasons": copy.rejects.values(),
     }
     save_index(index, [file], rows, **{key: join_names(text) for key, text in texts.items()})
-    store = RecordStore(file, [file], rows, settled_classes, copy.rejects)
+    store = RecordStore(file, [file], rows, final_classes, copy.rejects)
     return StagedSource(store, copy.names_digest())
 
 

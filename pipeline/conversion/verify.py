@@ -20,7 +20,7 @@ from ..order import Samples
 from ..stores import Progress, Store, no_progress
 from .jpeg_encoding import check_decodes
 from .plan import Plan
-from .shard_writer import prepare_image
+from .prepare import prepare_image
 from .source_types import Source
 from .sources import open_source
 

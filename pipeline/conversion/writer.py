@@ -66,17 +66,15 @@ def write_store(
 
     The same call resumes a conversion that was killed.
 
-    Example:
-        >>> options = ConversionOptions(max_side=400)
-        >>> write_store("photos", "photos.beton", options)
+    Example: `write_store("photos", "photos.beton", ConversionOptions(max_side=400))`.
 
     Args:
         source: What `open_source` reads, or encoded images with labels: numbers, names of classes,
             or None.
         target: Where to write.
         options: How to write it.
-        executor: Writes the shards in other processes, which share a file system with this one,
-            can import this module, and can open `source` by its name.
+        executor: Writes the shards in processes that share a file system with this one, can
+            import this module, and can open `source` by its name.
         progress: Called with what is done, and the number of images in all.
         listing: Called with (done, total) while the source is indexed or copied.
 
@@ -88,13 +86,9 @@ def write_store(
     target = Path(os.path.abspath(target))
     format = _choose_format(options.format, target)
     location = _locate(source)
-    if executor and not (FORMATS[format].SHARDED and location):
-        raise ValueError(
-            "a cluster writes shards, of a source that it can open itself: "
-            "choose webdataset or tfrecord"
-        )
-    if location and os.path.realpath(location) == os.path.realpath(target):
-        raise ValueError(f"{target} is the source: choose another target")
+    if executor:
+        _check_executor_can_write(format, location)
+    _check_target_is_not_source(target, location)
     recorded = _read_recorded_plan(target)
 
     folder = WorkFolder(target.with_name(target.name + ".partial"))
@@ -122,9 +116,6 @@ def write_store(
         return _read_result(target, new=True)
 
 
-# ── before a conversion ─────────────────────────────────────────────────────────────────────────
-
-
 def _choose_format(name: str | None, target: Path) -> str:
     """The format by its name, or by the suffix of the target."""
     if name is None:
@@ -150,6 +141,19 @@ def _locate(source: Any) -> str:
         return ""
     is_url = re.match(r"[\w+]{2,}:", str(source))
     return str(source) if is_url else os.path.abspath(source)
+
+
+def _check_executor_can_write(format: str, location: str) -> None:
+    if not (FORMATS[format].SHARDED and location):
+        raise ValueError(
+            "a cluster writes shards, of a source that it can open itself: "
+            "choose webdataset or tfrecord"
+        )
+
+
+def _check_target_is_not_source(target: Path, location: str) -> None:
+    if location and os.path.realpath(location) == os.path.realpath(target):
+        raise ValueError(f"{target} is the source: choose another target")
 
 
 def _read_recorded_plan(target: Path) -> Mapping[str, Any]:
@@ -192,9 +196,6 @@ def _check_source(name: object, source: Source, strict: bool) -> None:
     if strict and source.rejects:
         reject, reason = next(iter(source.rejects.items()))
         raise ValueError(f"{reject}: {reason}")
-
-
-# ── writing ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def _write_in_threads(
@@ -255,9 +256,6 @@ def _open_remotely(location: str, staging: Path, identity: str) -> Source:
             f"{location} is another data set on this machine: mount the same one on all machines"
         )
     return source
-
-
-# ── after all shards are written ────────────────────────────────────────────────────────────────
 
 
 def _publish(plan: Plan, source: Source, folder: WorkFolder, target: Path) -> None:

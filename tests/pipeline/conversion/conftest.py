@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from pipeline.conversion import remote, shard_writer
+from pipeline.conversion import prepare, remote
 from pipeline.formats import FORMATS
 from tests.helpers.conversions import Killed
 from tests.helpers.sources import JpegLines
@@ -56,7 +56,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few images in a chunk, so that there are many points at which a kill may come."""
-    monkeypatch.setattr(shard_writer, "_CHUNK_BYTES", 8000)
+    monkeypatch.setattr(prepare, "_CHUNK_BYTES", 8000)
 
 
 @pytest.fixture

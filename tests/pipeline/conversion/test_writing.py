@@ -22,7 +22,7 @@ from pipeline import (
     write_store,
 )
 from pipeline.conversion.plan import Plan
-from pipeline.conversion.shard_writer import prepare_chunks
+from pipeline.conversion.prepare import prepare_chunks
 from tests.helpers.conversions import TARGETS, convert_to, files_in, images_of
 from tests.helpers.images import BAD_IMAGES, EXAMPLE_IMAGES, encoded, picture, write_photos
 
