@@ -109,7 +109,7 @@ def parse() -> Convert | Verify:
 
 def convert(command: Convert, console: Console) -> int:
     """Convert a data set, and print what was written."""
-    with console.progress("loading torch"):
+    with console.progress_bar("loading torch"):
         import pipeline
     started_at = time.monotonic()
 
@@ -126,8 +126,8 @@ def convert(command: Convert, console: Console) -> int:
         threads=command.threads,
     )
     with (
-        console.progress(f"listing {command.source}") as listing,
-        console.progress("converting") as bar,
+        console.progress_bar(f"listing {command.source}") as listing,
+        console.progress_bar("converting") as bar,
         connect_cluster(command.scheduler) as executor,
     ):
         result = pipeline.write_store(
@@ -149,11 +149,11 @@ def convert(command: Convert, console: Console) -> int:
 
 def verify(command: Verify, console: Console) -> int:
     """Verify a data set, and print its problems; the exit status is 1 if there are any."""
-    with console.progress("loading torch"):
+    with console.progress_bar("loading torch"):
         import pipeline
     with (
-        console.progress(f"listing {command.against or command.target}") as listing,
-        console.progress("verifying") as bar,
+        console.progress_bar(f"listing {command.against or command.target}") as listing,
+        console.progress_bar("verifying") as bar,
     ):
         problems = pipeline.verify_store(
             command.target,

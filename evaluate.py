@@ -228,7 +228,7 @@ def svm(command: SvmCommand, console: Console) -> None:
     jobs = command.threads or pipeline.usable_cores()
     if command.voc07 is None:
         jobs = 1  # to start processes would take longer than the fits on demo images
-    with console.progress("support vector machines") as bar:
+    with console.progress_bar("support vector machines") as bar:
         svms = evaluation.svm_map(
             trainval_features, test_features, classes, jobs=jobs, progress=bar
         )

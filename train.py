@@ -60,7 +60,7 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
 
     `cleanup` closes what is opened here, in reverse order, however the run ends.
     """
-    with console.progress("loading torch"):
+    with console.progress_bar("loading torch"):
         import torch
 
         import model
@@ -85,6 +85,8 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
     network = build_network(config, device, one_pass=compile_mode is not None)
     if config.run.recompute:
         network.backbone.recompute_activations()
+    # Compiled, and among several ranks in DistributedDataParallel, which sums the gradients. Batch
+    # norm and the loss exchange the statistics of the global batch themselves.
     forward = model.compile_and_wrap(device, network, compile_mode)
 
     devices = name_devices(device, distributed)
@@ -98,10 +100,12 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
         eta=config.optim.eta,
         clip=config.optim.clip_lr,
     )
-    peak_learning_rates = {  # of the two parameter groups: weights; biases and batch norm
+    # Of the two parameter groups, in their order: weights; biases and batch norm.
+    peak_learning_rates = {
         "lr": config.optim.lr * config.optim.batch_size / 256,
         "lr_biases": config.optim.lr_biases * config.optim.batch_size / 256,
     }
+    # Linear warm-up, then a cosine; as fractions of the peak.
     learning_rate_factor = partial(
         model.learning_rate_factor,
         steps=steps,
@@ -119,12 +123,13 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
         "fingerprint": pipeline.fingerprint(loader.store),
         "precision": str(amp_dtype),  # what `auto` is on this device
     }
-    schedule = CheckpointSchedule(
+    checkpoint_schedule = CheckpointSchedule(
         config.run.checkpoint_minutes, config.run.milestone_epochs, steps_per_epoch
     )
     checkpoints = cleanup.enter_context(
-        model.Checkpoints(run, config.run.keep_checkpoints, schedule.milestone_steps)
+        model.Checkpoints(run, config.run.keep_checkpoints, checkpoint_schedule.milestone_steps)
     )
+    # None for a new run. ValueError if the settings have changed, unless --accept-changes is given.
     saved = run_folder.restore(run, checkpoints, config.run, settings, console, distributed)
     trained: dict[str, Any] = {"model": network, "optimizer": optimizer, "scaler": scaler}
     model.load_states(trained, saved, checkpoints.path)
@@ -157,7 +162,8 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
         states = {name: part.state_dict() for name, part in trained.items()}
         return {**monitor.progress(completed_steps).to_checkpoint(), "settings": settings, **states}
 
-    # Saves the last completed step if the loop fails, and undoes what a skipped step has changed.
+    # Saves the last completed step if the loop fails, and restores the averages of batch norm after
+    # a skipped step. (Among several GPUs it cannot save: queued work may wait for a rank that is gone.)
     guard = model.StepGuard(
         network,
         checkpoint_state,
@@ -165,7 +171,11 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
         first_step,
         alone=distributed.size == 1 or device.type == "cpu",
     )
-    with console.progress("pretraining") as bar, experiment.stop_signals() as stop_status, guard:
+    with (
+        console.progress_bar("pretraining") as bar,
+        experiment.stop_signals() as stop_status,
+        guard,
+    ):
         for step, batch in enumerate(meter.timed(batches), first_step):
             factor = learning_rate_factor(step)
             learning_rates = {name: factor * peak for name, peak in peak_learning_rates.items()}
@@ -178,14 +188,15 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
                 output = forward(view_a, view_b)  # loss, features [B, F], embeddings [B, D]
             scaler.scale(output.loss).backward()
             with guard.update(lambda: optimizer.skipped):
-                scaler.step(optimizer)  # skips the step if gradients are not finite
+                scaler.step(optimizer)  # LARS skips the step if gradients are not finite
                 scaler.update()
 
             # Once in a while: keep a corner of the cross-correlation matrix, for the report.
             if step in correlation_steps:
                 model.save_correlation(run / "correlation" / f"{step:08d}.npy", output)
 
-            # Once in a while: test the features on held-out images. The other ranks wait meanwhile.
+            # Once in a while: test the features by kNN and a linear probe, on rank 0. The other ranks
+            # wait for it in their next step.
             scores: dict[str, float] = {}
             test_is_due = test_steps > 0 and (step + 1) % test_steps == 0
             if test_is_due and held_out is not None and distributed.is_rank0:
@@ -198,14 +209,15 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
                 readings = model.readings(output)
                 monitor.log(step, readings, learning_rates, optimizer.skipped_steps, scores)
                 if monitor.has_diverged():
+                    # Skipped steps have changed nothing: this is the state before them.
                     guard.save(wait=True, steps_back=monitor.skipped_in_a_row)
                     raise FloatingPointError(monitor.divergence(step))
             bar(step + 1, last_step + 1, monitor.status())
             monitor.print_bad_images()
 
-            # Once in a while: save a checkpoint, but not of a skipped step. The next one is saved.
+            # Once in a while: save a checkpoint. After a skipped step, the next one is saved instead.
             stop = distributed.any_rank(bool(stop_status()))
-            due = stop or schedule.is_due(step, guard.saved_at)
+            due = stop or checkpoint_schedule.is_due(step, guard.saved_at)
             if step == last_step or (due and not optimizer.skipped):
                 guard.save(wait=stop)
                 if stop:
@@ -216,15 +228,16 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
     throughput = meter.total()
     if config.run.dry_run:
         peak = model.peak_memory(device)
+        # The difference to the peak of half a batch is the memory of the other images.
         half = [view[: max(2, len(view) // 2)] for view in batch.views]
 
-        def half_a_step() -> None:
+        def step_on_half_batch() -> None:
             optimizer.zero_grad()
             with autocast:
                 loss = forward(*half).loss
             scaler.scale(loss).backward()
 
-        largest = model.largest_batch(device, len(batch.samples), peak, half_a_step)
+        largest = model.largest_batch(device, len(batch.samples), peak, step_on_half_batch)
         largest *= distributed.size
         seconds = steps * config.optim.batch_size / monitor.readings["images_per_s"]
         images, ranks = len(loader.store), distributed.size

@@ -35,7 +35,7 @@ def main(arguments: list[str], console: Console) -> int:
 
         return report.main(arguments[1:])
     if command in ("convert", "step"):
-        with console.progress("loading torch"):
+        with console.progress_bar("loading torch"):
             module = import_module(f".{command}", __package__)
         return module.main(arguments[1:], console)
 
@@ -43,7 +43,7 @@ def main(arguments: list[str], console: Console) -> int:
 
     # Wrong options are reported before torch is loaded, which takes seconds.
     parsed = options.parse(arguments)
-    with console.progress("loading torch"):
+    with console.progress_bar("loading torch"):
         from . import run
     return run.main(parsed, console)
 

@@ -96,7 +96,7 @@ def find_folder(options: ConvertOptions, console: Console) -> Path:
     if options.data is not None:
         return options.data
     folder = pipeline.cache_folder() / f"bench-photos-{options.images}"
-    with console.progress("drawing photographs, once") as bar:
+    with console.progress_bar("drawing photographs, once") as bar:
         return draw_photos(folder, options.images, progress=bar)
 
 
@@ -128,7 +128,7 @@ def compare(
     """Measure every conversion."""
     # FFCV forks its workers, which is not safe in a process that has threads.
     spawn = multiprocessing.get_context("spawn")
-    with console.progress("converting") as bar, ProcessPoolExecutor(1, spawn) as process:
+    with console.progress_bar("converting") as bar, ProcessPoolExecutor(1, spawn) as process:
         conversions = list_conversions(folder, jpegs, process)
         seconds: dict[str, list[float]] = {one.name: [] for one in conversions}
         for number, conversion in interleave(conversions, rounds, bar):

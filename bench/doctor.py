@@ -88,7 +88,7 @@ LIBRARIES = (
 def main(arguments: list[str], console: Console) -> int:
     """Print the findings; return 1 if something without which nothing runs is wrong."""
     tyro.cli(_no_options, args=arguments, prog="python -m bench doctor", description=__doc__)
-    with console.progress("examining") as bar:
+    with console.progress_bar("examining") as bar:
         findings = list(examine(bar))
     width = max(len(finding.name) for finding in findings)
     for finding in findings:

@@ -53,7 +53,7 @@ def main(options: BenchOptions, console: Console) -> int:
 def measure(options: BenchOptions, ranks: RankGroup, console: Console) -> Record:
     """Measure everything that was asked for, on all ranks together."""
     settings, whole = prepare(options, ranks, console)
-    with console.progress(f"reading {len(settings.store):,} images"):
+    with console.progress_bar(f"reading {len(settings.store):,} images"):
         stages = Stages(settings, ranks.rank, ranks.world_size)
         sample = decodable_images(stages.encoded[:_SAMPLE], settings.store)
         if not sample:
@@ -62,7 +62,7 @@ def measure(options: BenchOptions, ranks: RankGroup, console: Console) -> Record
                 f"the first of them is {settings.store.name(0)}: name a folder of sound images"
             )
         conditions = describe_conditions(stages, whole, sample)
-    with console.progress("the stages") as bar:
+    with console.progress_bar("the stages") as bar:
         repeats = QUICK if options.quick else FULL
         benchmark = StageBenchmark(stages, conditions, sample, ranks, repeats, bar)
         results = benchmark.run()
@@ -130,11 +130,11 @@ def open_images(options: BenchOptions, ranks: RankGroup, console: Console) -> St
     if folder is None:
         count = 128 if options.quick else min(options.images, 512)
         folder = pipeline.cache_folder() / f"photos-{count}"
-        with console.progress("drawing photographs, once") as bar:
+        with console.progress_bar("drawing photographs, once") as bar:
             if ranks.rank == 0:
                 draw_photos(folder, count, progress=bar)
             ranks.barrier()
-    with console.progress(f"indexing {folder}") as bar:
+    with console.progress_bar(f"indexing {folder}") as bar:
         store = pipeline.open_store(folder, bar)
     console.print_rejects("left out", store.rejects)
     return store
@@ -170,7 +170,7 @@ def describe_conditions(stages: Stages, whole: Store, sample: list[bytes]) -> St
 def measure_peers(options: BenchOptions, stages: Stages, console: Console) -> list[PeerResult]:
     """The other projects' pipelines on the first images that decode."""
     images = decodable_images(stages.encoded[: peer_comparison.IMAGES], stages.settings.store)
-    with console.progress("the peers, interleaved on one core") as bar:
+    with console.progress_bar("the peers, interleaved on one core") as bar:
         return peer_comparison.compare(images, options.size, options.quick, bar)
 
 

@@ -114,7 +114,7 @@ def main(arguments: list[str], console: Console) -> int:
     console.print(f"{device_name}, preset {plan.preset_name}; our step is {reason}")
 
     measured = measure(plan, variants, console)
-    with console.progress("the rooflines"):
+    with console.progress_bar("the rooflines"):
         dtypes = {variant.dtype for variant in variants}
         bounds = step_rooflines(plan.preset.model, plan.preset.data.size, dtypes, plan.device)
     result = make_record(plan, measured, bounds, arguments)
@@ -166,7 +166,7 @@ def measure_steps(
     """Measure the authors' step and ours at one batch size."""
     candidates = step_candidates(plan.preset, variants, batch_size, plan.device)
     benchmark = InterleavedBenchmark(candidates, batch_size, plan.steps, plan.device)
-    with console.progress(f"steps of {batch_size}") as bar:
+    with console.progress_bar(f"steps of {batch_size}") as bar:
         steps = benchmark.run(plan.rounds, bar)
         if plan.trace:
             benchmark.write_profile(plan.trace)
@@ -181,7 +181,7 @@ def measure_loss(plan: StepPlan, console: Console) -> Measured:
     rounds = min(plan.rounds, _MOST_LOSS_ROUNDS)
     candidates = loss_candidates(shape, plan.device)
     benchmark = InterleavedBenchmark(candidates, shape.n, steps, plan.device)
-    with console.progress("the loss") as bar:
+    with console.progress_bar("the loss") as bar:
         losses = benchmark.run(rounds, bar)
         if not on_gpu:
             losses = [

@@ -62,7 +62,7 @@ def train_classifiers(
     )
     network.folder.mkdir(parents=True, exist_ok=True)
 
-    with network.console.progress(training.name) as bar:
+    with network.console.progress_bar(training.name) as bar:
         progress = _TrainingProgress(bar, loader, training.sgd.epochs)
         options = RunOptions(
             seed=training.seed,

@@ -18,7 +18,7 @@ def open_store(path: Path, console: experiment.Console) -> Store:
     """The images at `path`; prints the names of those that cannot be read."""
     from .rooms import pipeline
 
-    with console.progress(f"indexing {path}") as bar:
+    with console.progress_bar(f"indexing {path}") as bar:
         store = pipeline.open_store(path, bar)
     rejects = {str(path / name): reason for name, reason in store.rejects.items()}
     console.print_rejects("left out", rejects)
@@ -82,7 +82,7 @@ def find_demo_splits(console: experiment.Console) -> tuple[Path, Path]:
     """The folders of the demo data set's training and test images, drawn on first use."""
     from .rooms import pipeline
 
-    with console.progress("drawing the demo data set, once") as bar:
+    with console.progress_bar("drawing the demo data set, once") as bar:
         folder = pipeline.demo_folder(pipeline.cache_folder(), bar)
     train, test = pipeline.find_splits(folder)
     assert test is not None
@@ -102,6 +102,6 @@ def find_devkit(voc07: Path | None, console: experiment.Console) -> Path:
 
     if voc07 is not None:
         return voc07
-    with console.progress("drawing a development kit, once") as bar:
+    with console.progress_bar("drawing a development kit, once") as bar:
         demo = find_demo_splits(console)[0].parent
         return pipeline.demo_devkit(pipeline.cache_folder(), demo, bar)

@@ -70,7 +70,7 @@ class EvaluatedNetwork:
                 f"{config.checkpoint} does not exist: name weights with --checkpoint, or run "
                 "train.py first"
             )
-        with console.progress("loading torch"):
+        with console.progress_bar("loading torch"):
             import torch
 
             from .rooms import model, pipeline
@@ -83,7 +83,7 @@ class EvaluatedNetwork:
         self.device_name = pipeline.describe_device(self.device)
         model.prepare_device(self.device, deterministic=False)
 
-        with console.progress(f"reading {config.checkpoint}"):
+        with console.progress_bar(f"reading {config.checkpoint}"):
             self.weights = model.read_weights(config.checkpoint)
             backbone = model.load_backbone(self.weights, config.checkpoint)
         self.backbone = backbone.to(self.device).to(memory_format=torch.channels_last).eval()
@@ -156,7 +156,7 @@ class EvaluatedNetwork:
         from .rooms import pipeline
 
         loader = self.open_loader(store, recipe or pipeline.center_view(self.size))
-        with self.console.progress(description) as bar:
+        with self.console.progress_bar(description) as bar:
             yield from experiment.counted(loader.epoch(0), len(loader), bar)
         self.print_bad_images(loader, "left out")
         if len(loader.bad) == len(store):

@@ -107,7 +107,7 @@ class HeldOutEvaluation:
         from .rooms import pipeline
 
         loader = self._open_loader(pipeline.random_subset(most, store))
-        with self._console.progress("testing on held-out images") as bar:
+        with self._console.progress_bar("testing on held-out images") as bar:
             yield from experiment.counted(loader.epoch(0), len(loader), bar)
         rejects = {store.name(sample): reason for sample, reason in loader.bad.items()}
         self._console.print_rejects("left out", rejects)

@@ -104,7 +104,7 @@ class Console:
         self.rich.print(grid)
 
     @contextmanager
-    def progress(self, description: str) -> Iterator[ProgressBar]:
+    def progress_bar(self, description: str) -> Iterator[ProgressBar]:
         """Show a progress bar within the block; call it with (done, total) or (done, total,
         status).
         """

@@ -16,7 +16,7 @@ from tests.helpers.images import encoded, picture
 
 
 def compare(images: list[bytes]) -> list[PeerResult]:
-    with Console() as console, console.progress("peers") as bar:
+    with Console() as console, console.progress_bar("peers") as bar:
         return peer_comparison.compare(images, 24, True, bar)
 
 

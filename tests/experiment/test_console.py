@@ -61,7 +61,7 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
 ) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    with console, console.progress("testing") as bar:
+    with console, console.progress_bar("testing") as bar:
         bar(1, 30)
         bar(2, 30)
         now += 11
@@ -75,7 +75,7 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
 def test_batches_are_counted_once_they_are_used(
     console: Console, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with console.progress("testing") as bar:
+    with console.progress_bar("testing") as bar:
         batches = counted(["a", "b"], 2, bar)
         assert next(batches) == "a"
         assert capsys.readouterr().out == ""

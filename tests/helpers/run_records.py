@@ -81,18 +81,14 @@ ILLNESSES = {
     "loss does not fall": Illness(
         "warn", "The loss has not fallen", "From 500 to 510 (+2%)", {"loss": 510.0}
     ),
-    "diverged": Illness(
-        "bad", "Diverged", "since step 150", {"loss": None, "invariance": None}
-    ),
+    "diverged": Illness("bad", "Diverged", "since step 150", {"loss": None, "invariance": None}),
     "many steps skipped": Illness("bad", "Steps were skipped", "90 of 200", {"skipped": 90}),
     "one step skipped": Illness("note", "Steps were skipped", "1 of 200", {"skipped": 1}),
     "bad images": Illness("warn", "Images do not decode", "320 of 6,400", {"bad_images": 320}),
     "redundant": Illness(
         "warn", "The dimensions are redundant", "--lambd", {"off_diagonal_rms": 0.8}
     ),
-    "views differ": Illness(
-        "warn", "The views do not agree yet", "milder", {"diagonal_mean": 0.1}
-    ),
+    "views differ": Illness("warn", "The views do not agree yet", "milder", {"diagonal_mean": 0.1}),
     "warnings": Illness(
         "warn",
         "50 warnings, from step 150 to 199",
