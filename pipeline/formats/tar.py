@@ -52,7 +52,7 @@ class Member(NamedTuple):
 
 
 class _Extension(NamedTuple):
-    """What the members before a member say about it: it overrides the member's own header."""
+    """Fields of a member that preceding members hold; they override those of its own header."""
 
     long_name: bytes = b""
     pax: dict[bytes, bytes] = {}  # noqa: RUF012

@@ -11,7 +11,7 @@ pattern is common to all images, varies inside each of them, or is destroyed by 
 - Every class covers the same share of the paper, with edges of about the same length, and the
   exposure differs from image to image, so that colours alone say little too (19%).
 
-The pattern itself shows in any crop of 8% of the area. bench/NOTES.md lists what else was tried.
+The pattern itself shows in any crop of 8% of the area. bench/NOTES.md lists other attempts.
 
 This file imports neither torch nor the package, because `demo.py` runs it as a script: each worker
 process draws its share of the images.

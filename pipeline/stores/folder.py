@@ -97,7 +97,7 @@ class FolderStore:
 
 
 class _Index(NamedTuple):
-    """What is known about the files of a folder."""
+    """The index of the files of a folder."""
 
     paths: list[str]
     rows: NDArray[Any]  # [n] of _ROW, without labels

@@ -20,15 +20,16 @@ _RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not the fault o
 def find_splits(root: Path) -> tuple[Path, Path | None]:
     """The training set and the test set in `root`: `train`, and `val` or `test`.
 
-    Both are folders, or both are .beton files. Without a `train`, they are `root` and None. So they
-    are if `train` stands beside other folders of which none is a test split: it is a class then.
+    Both are folders, or both are .beton files. If there is no `train`, they are `root` and None.
+    Likewise if there are other folders beside `train`, but none with the name of a test split: then
+    `train` is a class.
 
     Raises:
         ValueError: `root` holds test splits only.
     """
     folders: dict[str, Path] = {}
     betons: dict[str, Path] = {}
-    # `scandir` needs no system call for each of what may be a million images.
+    # `scandir` needs no system call per entry, of which there may be a million.
     for entry in os.scandir(root) if root.is_dir() else ():
         if entry.is_dir():
             folders[entry.name.lower()] = root / entry.name

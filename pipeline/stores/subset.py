@@ -17,7 +17,7 @@ _STREAM = 0x7370  # keeps these random numbers apart from those of `epoch_order`
 
 
 class Subset:
-    """Some samples of another store, renumbered from 0."""
+    """The given samples of another store, renumbered from 0."""
 
     def __init__(self, store: Store, samples: Samples) -> None:
         self.store = store
@@ -112,7 +112,8 @@ def with_classes(store: Store, classes: Sequence[str]) -> Subset:
         example = store.name(int(np.argmax(labels == unknown[0])))
         names = first_names([store.classes[label] for label in unknown])
         raise ValueError(
-            f"{example}: the training data have no class {names}: take data whose classes they have"
+            f"{example}: the training data have no class {names}: "
+            "leave out images of classes that they lack"
         )
     new_number = np.array([numbers.get(name, -1) for name in store.classes])
     renumbered = Subset(store, np.arange(len(store), dtype=np.int64))

@@ -167,66 +167,78 @@ LONG = "folder/" * 20 + "n" * 120
 DEEP = "deep/" * 22 + "4.bmp"  # fits into a ustar header, in two parts
 
 
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+TAR_FORMATS = pytest.mark.parametrize(
+    "format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+)
+
+PNG = encoded(picture(31, 17), "PNG")
+BMP = encoded(picture(8, 9), "BMP")
+MEMBERS_OF_OTHERS = [
+    ("./x/0.JPG", JPEGS[0]),
+    ("./x/0.Cls", b" 12\n"),
+    ("./x/0.txt", b"a dog"),
+    ("../../1.npy", b"\x93NUMPY"),
+    ("../../1.jpeg", JPEGS[1]),
+    ("../../1.cls", b"5"),
+    ("/absolute/2.png", PNG),  # a mask, before the image
+    ("/absolute/2.jpg", JPEGS[2]),
+    ("README", b"not a sample"),
+    (".hidden.jpg", JPEGS[8]),
+    ("x/._0.jpg", JPEGS[8]),
+    ("x/3.seg.png", PNG),
+    ("x/größer 猫.png", PNG),
+    ("x/größer 猫.cls", b"0"),
+    ("back\\slash.webp", JPEGS[3]),
+    (DEEP, BMP),
+    ("end.", b"no extension"),
+    ("no.image.json", b"{}"),
+    ("Empty.JPG", b""),
+]
+LONG_MEMBERS = [(f"{LONG}.jpg", JPEGS[4]), (f"{LONG}.cls", b"1")]  # do not fit into ustar
+SAMPLES_OF_OTHERS = [  # name, image, label
+    ("./x/0.JPG", JPEGS[0], b" 12\n"),
+    ("../../1.jpeg", JPEGS[1], b"5"),
+    ("/absolute/2.jpg", JPEGS[2], b""),
+    ("x/größer 猫.png", PNG, b"0"),
+    ("back\\slash.webp", JPEGS[3], b""),
+    (DEEP, BMP, b""),
+]
+LONG_SAMPLE = (f"{LONG}.jpg", JPEGS[4], b"1")
+
+
+def tar_of_others(path: Path, format: int) -> tuple[Path, list[tuple[str, bytes, bytes]]]:
+    """A tar as others write it, and the samples in it."""
+    if format == tarfile.USTAR_FORMAT:
+        return tar(path, *MEMBERS_OF_OTHERS, format=format), SAMPLES_OF_OTHERS
+    members = [*LONG_MEMBERS, *MEMBERS_OF_OTHERS]
+    return tar(path, *members, format=format), [LONG_SAMPLE, *SAMPLES_OF_OTHERS]
+
+
+@TAR_FORMATS
 def test_tars_that_others_write_are_read(tmp_path: Path, format: int) -> None:
-    png, bmp = encoded(picture(31, 17), "PNG"), encoded(picture(8, 9), "BMP")
-    members = [
-        ("./x/0.JPG", JPEGS[0]),
-        ("./x/0.Cls", b" 12\n"),
-        ("./x/0.txt", b"a dog"),
-        ("../../1.npy", b"\x93NUMPY"),
-        ("../../1.jpeg", JPEGS[1]),
-        ("../../1.cls", b"5"),
-        ("/absolute/2.png", png),  # a mask, before the image
-        ("/absolute/2.jpg", JPEGS[2]),
-        ("README", b"not a sample"),
-        (".hidden.jpg", JPEGS[8]),
-        ("x/._0.jpg", JPEGS[8]),
-        ("x/3.seg.png", png),
-        ("x/größer 猫.png", png),
-        ("x/größer 猫.cls", b"0"),
-        ("back\\slash.webp", JPEGS[3]),
-        (DEEP, bmp),
-        ("end.", b"no extension"),
-        ("no.image.json", b"{}"),
-        ("Empty.JPG", b""),
-    ]
-    expected = [
-        (JPEGS[0], b" 12\n"),
-        (JPEGS[1], b"5"),
-        (JPEGS[2], b""),
-        (png, b"0"),
-        (JPEGS[3], b""),
-        (bmp, b""),
-    ]
-    names = [
-        "./x/0.JPG",
-        "../../1.jpeg",
-        "/absolute/2.jpg",
-        "x/größer 猫.png",
-        "back\\slash.webp",
-        DEEP,
-    ]
-    if format != tarfile.USTAR_FORMAT:
-        members = [(f"{LONG}.jpg", JPEGS[4]), (f"{LONG}.cls", b"1"), *members]
-        expected = [(JPEGS[4], b"1"), *expected]
-        names = [f"{LONG}.jpg", *names]
-    file = tar(tmp_path / "wild.tar", *members, format=format)
+    file, samples = tar_of_others(tmp_path / "others.tar", format)
     store = open_records(file, webdataset)
-    assert images_of(store) == [image for image, _ in expected]
-    assert store.index["label"].tolist() == [int(label or b"-1") for _, label in expected]
+    assert images_of(store) == [image for _, image, _ in samples]
+    assert store.index["label"].tolist() == [int(label or b"-1") for *_, label in samples]
     assert list(store.rejects) == ["Empty.JPG"]
+    names = [name for name, *_ in samples]
     assert [image.name for image in webdataset.scan(file).images] == [*names, "Empty.JPG"]
     for i, name in enumerate(names):
         if len(name) < 100 and name.isascii():  # other names are not in the header
             assert store.name(i) == f"{file}: {name}"
-    assert sorted(os.listdir(tmp_path)) == ["wild.idx", "wild.tar"]
-    samples = int(sidecar_path(file).read_text().split()[1])
-    assert [pair for pair in read_with_dali(file, samples) if pair[0]] == expected
-    ours = [
-        line.replace("\\040", " ").replace("\\134", "\\\\")
-        for line in sidecar_path(file).read_text().splitlines()
+    assert sorted(os.listdir(tmp_path)) == ["others.idx", "others.tar"]
+
+
+@TAR_FORMATS
+def test_sidecars_of_tars_that_others_write_are_right(tmp_path: Path, format: int) -> None:
+    file, samples = tar_of_others(tmp_path / "others.tar", format)
+    open_records(file, webdataset)
+    lines = sidecar_path(file).read_text().splitlines()
+    count = int(lines[0].split()[1])
+    assert [pair for pair in read_with_dali(file, count) if pair[0]] == [
+        (image, label) for _, image, label in samples
     ]
+    ours = [line.replace("\\040", " ").replace("\\134", "\\\\") for line in lines]
     theirs = [line for line in wds2idx_sidecar(file).splitlines() if "end." not in line]
     if format == tarfile.GNU_FORMAT:  # wds2idx takes a long name for a file
         ours = [line for line in ours if LONG not in line and DEEP not in line]
@@ -410,7 +422,7 @@ def test_a_member_may_not_be_larger_than_its_file(tmp_path: Path, size: bytes) -
         webdataset.scan(file)
 
 
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@TAR_FORMATS
 def test_random_damage_is_refused_or_does_no_harm(tmp_path: Path, format: int) -> None:
     name = "" if format == tarfile.USTAR_FORMAT else LONG
     members = []
