@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import evaluation  # imports torch when a name of it is first used
 import experiment
-from evaluation import commands
+from evaluation import command_options
 from evaluation.classifier import load_classifier as load_classifier  # its former place
-from evaluation.commands import (
+from evaluation.command_options import (
     CompareCommand,
     ExportCommand,
     ImagesConfig,
@@ -64,7 +64,7 @@ def main(console: Console) -> int:
     """Run the command of the command line; return the exit status."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("evaluate.py is one process, on one device: start it without torchrun")
-    command = commands.parse()
+    command = command_options.parse()
     command.check()
     match command:
         case KnnCommand():

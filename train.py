@@ -157,14 +157,14 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
 
     def checkpoint_state(completed_steps: int) -> dict[str, Any]:
         """Everything that the run needs to continue after so many steps."""
-        if guard.rescuing and not math.isfinite(output.loss.detach()):
+        if saver.rescuing and not math.isfinite(output.loss.detach()):
             raise FloatingPointError(f"the loss is {float(output.loss.detach())}")
         states = {name: part.state_dict() for name, part in trained.items()}
         return {**monitor.progress(completed_steps).to_checkpoint(), "settings": settings, **states}
 
-    # Saves the last completed step if the loop fails, and restores the averages of batch norm after
-    # a skipped step. (Among several GPUs it cannot save: queued work may wait for a rank that is gone.)
-    guard = model.StepGuard(
+    # Saves the last completed step if the loop fails (not among several GPUs, whose queued work may
+    # wait for a rank that is gone), and restores batch norm's averages after a skipped step.
+    saver = model.StepSaver(
         network,
         checkpoint_state,
         checkpoints if distributed.is_rank0 and not config.run.dry_run else None,
@@ -174,7 +174,7 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
     with (
         console.progress_bar("pretraining") as bar,
         experiment.stop_signals() as stop_status,
-        guard,
+        saver,
     ):
         for step, batch in enumerate(meter.timed(batches), first_step):
             factor = learning_rate_factor(step)
@@ -187,7 +187,7 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
             with autocast:
                 output = forward(view_a, view_b)  # loss, features [B, F], embeddings [B, D]
             scaler.scale(output.loss).backward()
-            with guard.update(lambda: optimizer.skipped):
+            with saver.update(lambda: optimizer.skipped):
                 scaler.step(optimizer)  # LARS skips the step if gradients are not finite
                 scaler.update()
 
@@ -195,8 +195,8 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
             if step in correlation_steps:
                 model.save_correlation(run / "correlation" / f"{step:08d}.npy", output)
 
-            # Once in a while: test the features by kNN and a linear probe, on rank 0. The other ranks
-            # wait for it in their next step.
+            # Once in a while: test the features by kNN and a linear probe, on rank 0. The other
+            # ranks wait for it in their next step.
             scores: dict[str, float] = {}
             test_is_due = test_steps > 0 and (step + 1) % test_steps == 0
             if test_is_due and held_out is not None and distributed.is_rank0:
@@ -210,16 +210,16 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
                 monitor.log(step, readings, learning_rates, optimizer.skipped_steps, scores)
                 if monitor.has_diverged():
                     # Skipped steps have changed nothing: this is the state before them.
-                    guard.save(wait=True, steps_back=monitor.skipped_in_a_row)
+                    saver.save(wait=True, steps_back=monitor.skipped_in_a_row)
                     raise FloatingPointError(monitor.divergence(step))
             bar(step + 1, last_step + 1, monitor.status())
             monitor.print_bad_images()
 
-            # Once in a while: save a checkpoint. After a skipped step, the next one is saved instead.
+            # Once in a while: save a checkpoint. A skipped step is not saved, but the next one is.
             stop = distributed.any_rank(bool(stop_status()))
-            due = stop or checkpoint_schedule.is_due(step, guard.saved_at)
+            due = stop or checkpoint_schedule.is_due(step, saver.saved_at)
             if step == last_step or (due and not optimizer.skipped):
-                guard.save(wait=stop)
+                saver.save(wait=stop)
                 if stop:
                     console.print(f"interrupted after step {step + 1:,}; use --resume to continue")
                     return run_folder.stopped(run, stop_status(), distributed.is_rank0)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import model
 
 from . import reference_step
-from .interleaved import Candidate, RunStep, memory_growth
+from .step_comparison import Candidate, RunStep, memory_growth
 
 AUTHORS_LOSS = "authors' loss, D x D"
 OUR_LOSS = "our loss, N x N"

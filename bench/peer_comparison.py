@@ -27,9 +27,9 @@ from pipeline import (
 )
 
 from . import record
-from .bottleneck import SMALL
 from .peers import installed_peers
 from .record import PeerResult, Rates
+from .resource_bounds import SMALL
 from .rooflines import reduced
 from .timing import interleave, median_speedup, one_core
 

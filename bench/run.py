@@ -2,7 +2,7 @@
 
 A run measures the throughput of every stage from disk to update (`stage_names.py`), each beside
 its roofline: the throughput that the machine allows for that stage at most. From these figures
-follow the bottleneck and the change that would help most (`bottleneck.py`, `verdict.py`). Other
+follow the bottleneck and the change that would help most (`resource_bounds.py`, `bottleneck_report.py`). Other
 projects' pipelines are measured beside twinfeed's (`peer_comparison.py`). Everything becomes one
 `Record`, which is printed and, with `--json`, written to a file.
 
@@ -24,15 +24,15 @@ from pipeline import Store
 from pipeline.formats.record_store import RecordStore
 
 from . import peer_comparison, record, rooflines, tables
-from .bottleneck import SMALL, StageRates, bounds, shuffle_block
+from .bottleneck_report import verdict
 from .options import BenchOptions
 from .photos import draw_photos
+from .readable_images import decodable_images, without_unreadable
 from .record import Data, PeerResult, Record
-from .sample_images import decodable_images, without_unreadable
+from .resource_bounds import SMALL, StageRates, bounds, shuffle_block
 from .stage_benchmark import FULL, QUICK, StageBenchmark
 from .stages import Stages, StageSettings
 from .timing import RankGroup
-from .verdict import verdict
 
 _SAMPLE = 32  # encoded images that the rooflines of decoding are measured with
 # Data beyond this fraction of the memory are not taken to stay in the system's file cache.

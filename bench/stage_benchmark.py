@@ -13,8 +13,8 @@ from typing import NamedTuple
 from experiment import ProgressBar
 
 from . import rooflines
-from .bottleneck import StageRates, lowest_bound, without_step
 from .record import StageResult
+from .resource_bounds import StageRates, lowest_bound, without_step
 from .stage_names import (
     COLD,
     COPY,

@@ -24,13 +24,13 @@ import pipeline
 from experiment import PRESETS, Console, ModelConfig, Pretrain
 
 from . import loss_benchmark, record, rooflines, tables
-from .interleaved import InterleavedBenchmark, precision_name
 from .loss_benchmark import LossShape, loss_candidates, loss_memory_on_cpu
 from .options import check_at_least, check_writable
 from .record import Data, Record, StepResult
 from .step_candidates import step_candidates, step_variants
+from .step_comparison import InterleavedBenchmark, precision_name
 from .step_cost import step_traffic
-from .step_verdict import FUSED, MEMORY, MULTIPLY, verdict
+from .step_report import FUSED, MEMORY, MULTIPLY, verdict
 from .training_step import StepVariant
 
 # Two-view images/s that a GPU's memory allows for the paper's network at 224 px, in half precision

@@ -18,7 +18,7 @@ import model
 from experiment import Pretrain
 
 from . import reference_step
-from .interleaved import Candidate, RunStep, precision_name
+from .step_comparison import Candidate, RunStep, precision_name
 from .training_step import LEARNING_RATE, StepVariant, TrainingStep, build_step
 
 AUTHORS = "the authors' step"

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .commands import NetworkConfig
+from .command_options import NetworkConfig
 from .datasets import find_demo_splits, open_store
 from .evaluated_network import EvaluatedNetwork, ImageFeatures
-from .rooms import experiment
+from .sibling_packages import experiment
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,7 +137,7 @@ class Classifier:
         return results
 
     def _load_bank(self, train: Path | None) -> _Bank:
-        from .rooms import pipeline
+        from .sibling_packages import pipeline
 
         if train is None:
             train = self._default_train()
@@ -161,7 +161,7 @@ class Classifier:
     def _features(self, images: Sequence[ImageInput]) -> Tensor:
         """Features [B, F] of a few images; ValueError for one that cannot be read."""
         from .features import extract_features
-        from .rooms import pipeline
+        from .sibling_packages import pipeline
 
         names = [str(image) if isinstance(image, str | Path) else "the image" for image in images]
         store = pipeline.MemoryStore([pipeline.encoded_bytes(image) for image in images], names)

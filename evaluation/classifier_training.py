@@ -17,7 +17,7 @@ from torch import nn
 
 from .evaluated_network import EvaluatedNetwork
 from .linear_heads import RunOptions, SGDConfig, train_heads
-from .rooms import experiment, model, pipeline
+from .sibling_packages import experiment, model, pipeline
 
 
 @dataclass(frozen=True)

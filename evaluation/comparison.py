@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .results import Record, results_table
-from .rooms import experiment
+from .sibling_packages import experiment
 
 _RECORD_KEYS = {"evaluation", "results", "published", "differs"}
 _AFTER_PRETRAINING = "after pretraining"  # the kNN test that train.py ends with

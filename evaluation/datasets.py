@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .commands import ImagesConfig
-from .rooms import experiment
+from .command_options import ImagesConfig
+from .sibling_packages import experiment
 
 if TYPE_CHECKING:
     from pipeline import Store, Subset
@@ -16,7 +16,7 @@ _DEMO_IMAGES = 8  # demo images that `predict` shows if no image is named
 
 def open_store(path: Path, console: experiment.Console) -> Store:
     """The images at `path`; prints the names of those that cannot be read."""
-    from .rooms import pipeline
+    from .sibling_packages import pipeline
 
     with console.progress_bar(f"indexing {path}") as bar:
         store = pipeline.open_store(path, bar)
@@ -32,7 +32,7 @@ def open_labelled_splits(images: ImagesConfig, console: experiment.Console) -> t
         ValueError: There is no test set, an image has no label, or the test set has a class that
             the training set does not have.
     """
-    from .rooms import pipeline
+    from .sibling_packages import pipeline
 
     train_path: Path
     test_path: Path | None
@@ -64,7 +64,7 @@ def labelled_subset(train: Store, labels: str, seed: int) -> Subset:
     Raises:
         ValueError: `labels` is neither, or the file names an image that is not in `train`.
     """
-    from .rooms import pipeline
+    from .sibling_packages import pipeline
 
     try:
         fraction = float(labels)
@@ -80,7 +80,7 @@ def labelled_subset(train: Store, labels: str, seed: int) -> Subset:
 
 def find_demo_splits(console: experiment.Console) -> tuple[Path, Path]:
     """The folders of the demo data set's training and test images, drawn on first use."""
-    from .rooms import pipeline
+    from .sibling_packages import pipeline
 
     with console.progress_bar("drawing the demo data set, once") as bar:
         folder = pipeline.demo_folder(pipeline.cache_folder(), bar)
@@ -98,7 +98,7 @@ def demo_test_images(console: experiment.Console) -> list[Path]:
 
 def find_devkit(voc07: Path | None, console: experiment.Console) -> Path:
     """The folder that contains VOCdevkit; by default one made of demo images on first use."""
-    from .rooms import pipeline
+    from .sibling_packages import pipeline
 
     if voc07 is not None:
         return voc07

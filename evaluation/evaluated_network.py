@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .commands import NetworkConfig
-from .rooms import experiment
+from .command_options import NetworkConfig
+from .sibling_packages import experiment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ class EvaluatedNetwork:
         with console.progress_bar("loading torch"):
             import torch
 
-            from .rooms import model, pipeline
+            from .sibling_packages import model, pipeline
         self.console = console
         self.checkpoint = config.checkpoint
         self.is_demo_run = config.is_demo_run
@@ -126,7 +126,7 @@ class EvaluatedNetwork:
         decoder: str | None = None,
     ) -> Loader:
         """A loader of views on the network's device; `decoder` replaces the usual one."""
-        from .rooms import pipeline
+        from .sibling_packages import pipeline
 
         options = pipeline.LoaderOptions(
             batch_size=batch_size,
@@ -153,7 +153,7 @@ class EvaluatedNetwork:
         Raises:
             ValueError: No image can be read.
         """
-        from .rooms import pipeline
+        from .sibling_packages import pipeline
 
         loader = self.open_loader(store, recipe or pipeline.center_view(self.size))
         with self.console.progress_bar(description) as bar:
@@ -188,7 +188,7 @@ class EvaluatedNetwork:
         """Features [n, F] of two views of each image, distorted as in pretraining."""
         import torch
 
-        from .rooms import pipeline
+        from .sibling_packages import pipeline
 
         recipe = pipeline.barlow_twins(self.size)
         features_a = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .datasets import find_demo_splits, open_store
-from .rooms import experiment
+from .sibling_packages import experiment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ def open_stores(
     Raises:
         ValueError: The preset needs images and --data is not given, or they cannot be read.
     """
-    from .rooms import pipeline
+    from .sibling_packages import pipeline
 
     train_path, test_path = _find_splits(preset, config.data, console)
     train = open_store(train_path, console)
@@ -104,7 +104,7 @@ class HeldOutEvaluation:
 
     def _views(self, store: Store, most: int) -> Iterator[Batch]:
         """Test views of at most `most` images; prints those that cannot be read."""
-        from .rooms import pipeline
+        from .sibling_packages import pipeline
 
         loader = self._open_loader(pipeline.random_subset(most, store))
         with self._console.progress_bar("testing on held-out images") as bar:
@@ -116,7 +116,7 @@ class HeldOutEvaluation:
 def _find_splits(
     preset: str, data: experiment.DataConfig, console: experiment.Console
 ) -> tuple[Path, Path | None]:
-    from .rooms import pipeline
+    from .sibling_packages import pipeline
 
     if data.data is not None:
         return pipeline.find_splits(data.data)

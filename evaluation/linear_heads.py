@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .features import Batches, count_correct
-from .rooms import model
+from .sibling_packages import model
 
 
 @dataclass(frozen=True)

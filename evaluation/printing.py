@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 from rich.text import Text
 
-from .rooms import experiment
+from .sibling_packages import experiment
 
 if TYPE_CHECKING:
     from .svm import SvmResult

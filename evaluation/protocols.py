@@ -1,7 +1,7 @@
 """The published evaluation protocols: their hyper-parameters, and the results to compare with.
 
 The sources are the paper (Zbontar et al. 2021), lightly's and mmpretrain's benchmarks, and the
-authors' code. `commands.py` turns a protocol and the command line into a configuration;
+authors' code. `command_options.py` turns a protocol and the command line into a configuration;
 `results.py` prints a measured result beside the published one.
 """
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from .commands import Command
+from .command_options import Command
 from .protocols import Published
-from .rooms import experiment
+from .sibling_packages import experiment
 
 if TYPE_CHECKING:
     from pipeline import Store
@@ -123,7 +123,7 @@ def results_table(records: Sequence[tuple[str, Record]]) -> Table:
 
 
 def _describe_store(store: Store) -> dict[str, Any]:
-    from .rooms import pipeline
+    from .sibling_packages import pipeline
 
     return {
         "images": len(store),

@@ -6,10 +6,10 @@ manages the folder of a run, `report.py` writes the page about it.
 Nothing here imports torch at module level, so that the command line answers at once.
 """
 
-from .command import explain, is_rank0, run_command, set_thread_environment
+from .atomic_write import finite, write_json
 from .config import DataConfig, ModelConfig, OptimConfig, Pretrain, RunConfig
 from .console import Console, ProgressBar, counted, printable
-from .files import finite, write_json
+from .entry_point import explain, is_rank0, run_command, set_thread_environment
 from .metrics import Metrics
 from .options import DecoderName, check_option
 from .presets import PRESETS

@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from .files import finite, write_text
+from .atomic_write import finite, write_text
 
 
 class Metrics:

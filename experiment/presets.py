@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from .command import is_rank0
 from .config import DataConfig, ModelConfig, OptimConfig, Pretrain
+from .entry_point import is_rank0
 
 
 def demo() -> Pretrain:

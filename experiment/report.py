@@ -23,11 +23,11 @@ import tyro
 from numpy.typing import NDArray
 from PIL import Image
 
+from .atomic_write import write_text
 from .charts import draw_chart
-from .command import run_command
 from .config import Pretrain
 from .console import Console
-from .files import write_text
+from .entry_point import run_command
 from .health import STARVED, Finding, Severity, assess_health
 from .number_format import format_number
 from .run_record import RunRecord, read_run

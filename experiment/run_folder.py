@@ -10,8 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from .atomic_write import write_json
 from .console import Console
-from .files import write_json
 from .signals import PREEMPTED
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ def _choose_start(
 def _read_copy(
     path: Path, digest: str | None, config: RunConfig, settings: dict[str, Any]
 ) -> State | None:
-    """The state in the file that rank 0 has chosen; None if this rank has no such file.
-    """
+    """The state in the file that rank 0 has chosen; None if this rank has no such file."""
     from model import continue_from, load_checkpoint
 
     try:

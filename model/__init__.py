@@ -5,11 +5,12 @@ Start with `BarlowTwins` in barlow_twins.py and the loss in loss.py. Around them
 - backbone.py, batch_norm.py: the ResNets, with batch statistics for each view;
 - lars.py, schedule.py: the optimizer and its learning rate;
 - engine.py, distributed.py, memory.py: precision, compilation, several ranks, memory use;
-- checkpoint.py, step_guard.py: saving, resuming, and what happens to a run that fails;
-- health.py: readings that show a collapse;
+- checkpoint.py, step_saver.py: saving, resuming, and what happens to a run that fails;
+- collapse.py: readings that show a collapse;
 - interop/: weights in the file formats of other projects.
 """
 
+from .atomic_write import write_atomically
 from .backbone import BACKBONES, Backbone, build_backbone
 from .barlow_twins import BarlowTwins, BarlowTwinsOutput, NetworkConfig, build_network
 from .checkpoint import (
@@ -19,21 +20,20 @@ from .checkpoint import (
     load_states,
     save_checkpoint,
 )
-from .distributed import Distributed
-from .engine import (
-    choose_compilation,
-    choose_precision,
-    compile_and_wrap,
-    prepare_device,
-)
-from .files import write_atomically
-from .health import (
+from .collapse import (
     CollapseMonitor,
     correlation_corner,
     correlation_steps,
     feature_readings,
     readings,
     save_correlation,
+)
+from .distributed import Distributed
+from .engine import (
+    choose_compilation,
+    choose_precision,
+    compile_and_wrap,
+    prepare_device,
 )
 from .interop import (
     EXPORTS,
@@ -57,7 +57,7 @@ from .memory import (
     resident_bytes,
 )
 from .schedule import learning_rate_factor
-from .step_guard import StepGuard
+from .step_saver import StepSaver
 
 __all__ = [
     "BACKBONES",
@@ -72,7 +72,7 @@ __all__ = [
     "Distributed",
     "LossParts",
     "NetworkConfig",
-    "StepGuard",
+    "StepSaver",
     "Weights",
     "barlow_loss",
     "build_backbone",

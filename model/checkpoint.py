@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .files import replace_atomically
+from .atomic_write import replace_atomically
 
 # torch files are zip archives. The checksum of a checkpoint is the comment of its archive. The
 # length of the comment stands right before it, at the end of the file; it is 0 in a fresh archive.

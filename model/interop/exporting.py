@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..atomic_write import write_atomically
 from ..backbone import Backbone
-from ..files import write_atomically
 from .layouts import LAYOUTS
 from .weights import Weights, is_linear_weight, small_stem_padding
 

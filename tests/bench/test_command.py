@@ -18,8 +18,8 @@ import torch
 
 import pipeline
 from bench import options, record
-from bench.bottleneck import CORES, DISK
 from bench.record import Record
+from bench.resource_bounds import CORES, DISK
 from bench.stage_names import (
     COLD,
     DECODE,

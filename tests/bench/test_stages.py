@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pipeline
-from bench.sample_images import decodable_images, without_unreadable
+from bench.readable_images import decodable_images, without_unreadable
 from bench.stages import Stages, StageSettings, bytes_read_from_disk
 from experiment import PRESETS, Console
 from pipeline import MemoryStore, Store

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from bench import loss_benchmark, record, report, rooflines, step, step_candidates
-from bench.interleaved import InterleavedBenchmark
 from bench.loss_benchmark import (
     AUTHORS_LOSS,
     FULL_SHAPE,
@@ -23,7 +22,8 @@ from bench.loss_benchmark import (
 )
 from bench.record import Rates, StepResult
 from bench.step_candidates import AUTHORS, step_variants
-from bench.step_verdict import FUSED, MEMORY, MULTIPLY, verdict
+from bench.step_comparison import InterleavedBenchmark
+from bench.step_report import FUSED, MEMORY, MULTIPLY, verdict
 from experiment import PRESETS, Console, DataConfig, ModelConfig, OptimConfig, Pretrain
 
 ROOT = Path(__file__).parents[2]

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import commands, protocols
+from evaluation import command_options, protocols
 from evaluation.results import differences
 
 ROOT = Path(__file__).parents[2]
 
 
-def linear_command(*arguments: str) -> commands.LinearCommand:
-    command = commands.parse(["linear", *arguments])
-    assert isinstance(command, commands.LinearCommand)
+def linear_command(*arguments: str) -> command_options.LinearCommand:
+    command = command_options.parse(["linear", *arguments])
+    assert isinstance(command, command_options.LinearCommand)
     return command
 
 

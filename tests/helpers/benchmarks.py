@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.bottleneck import CORES
 from bench.record import Data, Machine, PeerResult, Rates, Record, StageResult
+from bench.resource_bounds import CORES
 from bench.stage_names import (
     COLD,
     COPY,

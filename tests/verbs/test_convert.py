@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from pipeline import FORMATS, open_store
+from pipeline.conversion.journal import read_journal
 from tests.helpers.conversions import TARGETS, files_in
 from tests.helpers.images import encoded, picture, write_photos
 from tests.helpers.processes import ROOT
@@ -328,24 +330,31 @@ def test_kills_at_random_moments_do_not_change_the_result(tmp_path: Path, format
     options = ["--format", format, "--shard-size", "700", "--threads", "1"]
     command = [*CONVERT, str(source), TARGETS[format], *options]
 
-    started_at = time.monotonic()
     subprocess.run(command, cwd=whole, check=True, capture_output=True)
-    duration = time.monotonic() - started_at
-
+    rows = 2001  # of the journals at the end
     rng = random.Random(format)
     kills = 0
-    for _ in range(8):
+    for kill_at_row in sorted(rng.randrange(rows) for _ in range(8)):
         process = subprocess.Popen(command, cwd=killed, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(rng.uniform(0.5, 1.05) * duration)
-            break
-        except subprocess.TimeoutExpired:
+        while process.poll() is None and journal_rows(killed) < kill_at_row:
+            time.sleep(0.001)
+        if process.poll() is None:
             process.kill()
-            process.wait()
             kills += 1
+        process.wait()
     subprocess.run(command, cwd=killed, check=True, capture_output=True)
     assert files_in(killed) == files_in(whole)
     print(format, "killed", kills, "times")
+    assert kills > 1
+
+
+def journal_rows(folder: Path) -> int:
+    """How many images an unfinished conversion in this folder has dealt with."""
+    rows = 0
+    for path in folder.rglob("*.rows"):
+        with suppress(FileNotFoundError):  # the conversion ends
+            rows += len(read_journal(path))
+    return rows
 
 
 PEAK_MEMORY = r"""

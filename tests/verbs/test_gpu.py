@@ -191,7 +191,7 @@ def test_a_step_does_not_wait_for_the_gpu() -> None:
     device = torch.device("cuda")
     network = model.BarlowTwins(model.build_backbone("resnet18"), "512-512", 0.0051).to(device)
     optimizer = model.LARS(model.parameter_groups(network, 1e-6), lr=0.1)
-    guard = model.StepGuard(network, lambda step: {}, None, 0)
+    guard = model.StepSaver(network, lambda step: {}, None, 0)
     views = torch.randn(2, 8, 3, 64, 64, device=device)
 
     def step() -> None:

@@ -108,7 +108,7 @@ def test_a_state_that_cannot_be_read_from_the_device_is_not_saved(tmp_path: Path
 
     def loop(checkpoints: model.Checkpoints) -> None:
         checkpoints.save({"step": 3})
-        with model.StepGuard(torch.nn.BatchNorm1d(2), state, checkpoints, 3) as guard:
+        with model.StepSaver(torch.nn.BatchNorm1d(2), state, checkpoints, 3) as guard:
             with guard.update(lambda: torch.tensor(0.0)):
                 pass
             raise KeyError

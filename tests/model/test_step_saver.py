@@ -1,4 +1,4 @@
-"""StepGuard: a skipped step changes no averages, and a failed loop saves its last good step."""
+"""StepSaver: a skipped step changes no averages, and a failed loop saves its last good step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import Checkpoints, StepGuard
+from model import Checkpoints, StepSaver
 from tests.helpers.checkpoints import equal_to_the_bit, raise_disk_full, state_at
 
 
@@ -45,7 +45,7 @@ def not_skipped() -> Tensor:
 
 def test_a_skipped_step_restores_the_averages() -> None:
     network, skipped = make_network(), torch.tensor(0.0)
-    with StepGuard(network, state_at, None, 0) as guard:
+    with StepSaver(network, state_at, None, 0) as saver:
         for is_skipped in (1.0, 0.0, 1.0, 1.0, 0.0):
             before = copy_buffers(network)
             change_buffers(network)
@@ -53,7 +53,7 @@ def test_a_skipped_step_restores_the_averages() -> None:
                 spoil_buffers(network)
             after_forward = copy_buffers(network)
             assert not equal_to_the_bit(before, after_forward)
-            with guard.update(lambda: skipped):
+            with saver.update(lambda: skipped):
                 skipped.fill_(is_skipped)  # the optimizer decides during the update
             expected = before if is_skipped else after_forward
             assert equal_to_the_bit(copy_buffers(network), expected)
@@ -66,13 +66,13 @@ def test_a_failed_loop_saves_the_averages_of_the_last_step_that_was_not_skipped(
     verdicts = iter([torch.tensor(0.0), torch.tensor(1.0)])
 
     def loop(checkpoints: Checkpoints) -> None:
-        with StepGuard(
+        with StepSaver(
             network, lambda step: {"step": step, "model": network.state_dict()}, checkpoints, 0
-        ) as guard:
-            with guard.update(lambda: next(verdicts)):
+        ) as saver:
+            with saver.update(lambda: next(verdicts)):
                 pass
             spoil_buffers(network)
-            with guard.update(lambda: next(verdicts)):
+            with saver.update(lambda: next(verdicts)):
                 pass
             spoil_buffers(network)  # the forward pass of a third step
             raise KeyError
@@ -89,10 +89,10 @@ def test_a_failed_loop_saves_the_averages_of_the_last_step_that_was_not_skipped(
 
 
 def loop_that_fails_after_a_save(checkpoints: Checkpoints, error: Exception) -> None:
-    with StepGuard(make_network(), state_at, checkpoints, 0) as guard:
-        with guard.update(not_skipped):
+    with StepSaver(make_network(), state_at, checkpoints, 0) as saver:
+        with saver.update(not_skipped):
             pass
-        guard.save()
+        saver.save()
         raise error
 
 

@@ -28,7 +28,7 @@ from .protocols import (
     Published,
     SemisupProtocol,
 )
-from .rooms import experiment
+from .sibling_packages import experiment
 
 DEMO_RUN = Path("runs/demo")
 """The run that `train.py` writes if it is started without arguments: the default checkpoint."""

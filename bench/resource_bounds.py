@@ -5,7 +5,7 @@ another, so its seconds per image are the sum over those stages, and their inver
 images/s. Resources work at the same time, so the lowest bound is the bottleneck. The gain of a
 change is the lowest bound with the change, divided by the lowest bound without it.
 
-`verdict.py` puts this into sentences.
+`bottleneck_report.py` puts this into sentences.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import interleaved
-from bench.interleaved import Candidate, InterleavedBenchmark, RunStep
+from bench import step_comparison
 from bench.record import StepResult
+from bench.step_comparison import Candidate, InterleavedBenchmark, RunStep
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def run(benchmark: InterleavedBenchmark, rounds: int) -> list[StepResult]:
 
 def test_the_ratio_is_the_median_of_ratios_within_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = iter([1.0, 0.5, 2.0, 4.0, 3.0, 1.0])  # theirs, ours, theirs, ours, ...
-    monkeypatch.setattr(interleaved, "seconds_per_step", lambda *arguments: next(taken))
+    monkeypatch.setattr(step_comparison, "seconds_per_step", lambda *arguments: next(taken))
     benchmark = InterleavedBenchmark([candidate("theirs"), candidate("ours")], 8, 1, CPU)
     theirs, ours = run(benchmark, rounds=3)
     assert theirs.ratio == 1

@@ -9,7 +9,8 @@ from math import inf
 import numpy as np
 import pytest
 
-from bench.bottleneck import (
+from bench.bottleneck_report import verdict
+from bench.resource_bounds import (
     BUS,
     CORES,
     DISK,
@@ -22,7 +23,6 @@ from bench.bottleneck import (
     without_step,
 )
 from bench.stage_names import COLD, COPY, DECODE, DISTORT, E2E, PLAN, STEP, TWO_CROPS, WARM
-from bench.verdict import verdict
 from pipeline.order import BLOCKS_MIXED
 
 RATES = {

@@ -1,6 +1,6 @@
 """Saving the last completed step of a training loop if the loop fails.
 
-`StepGuard` also undoes what a skipped step has done to the running averages of batch norm.
+`StepSaver` also undoes what a skipped step has done to the running averages of batch norm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoints
 
 
-class StepGuard:
+class StepSaver:
     """Context manager around a training loop. It saves the last completed step if the loop fails.
 
     If an exception ends the loop, it saves `state(step)` and adds a note to the exception with the
@@ -25,11 +25,11 @@ class StepGuard:
 
     Example::
 
-        with StepGuard(network, state, checkpoints, first_step) as guard:
+        with StepSaver(network, state, checkpoints, first_step) as saver:
             for view_a, view_b in batches:
                 optimizer.zero_grad()
                 network(view_a, view_b).loss.backward()
-                with guard.update(lambda: optimizer.skipped):
+                with saver.update(lambda: optimizer.skipped):
                     optimizer.step()
 
     Args:
@@ -97,7 +97,7 @@ class StepGuard:
         self._saved_step = self._completed_step
         self.saved_at = time.monotonic()
 
-    def __enter__(self) -> StepGuard:
+    def __enter__(self) -> StepSaver:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:

@@ -70,7 +70,7 @@ def run_command(main: Callable[[Console], int]) -> int:
 
 def explain(error: Exception) -> str:
     """What ended the program and what helps, in one line; then the last note on the exception (see
-    `StepGuard`).
+    `StepSaver`).
     """
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):

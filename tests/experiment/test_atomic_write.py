@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiment import write_json
-from experiment.files import write_text
+from experiment.atomic_write import write_text
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The other packages of this program: `from .rooms import experiment, model, pipeline`.
+"""The other packages of this program: `from .sibling_packages import experiment, model, pipeline`.
 
 In the repository they are top-level packages; after `pip install` they are `twinfeed.model` and so
 on. All files here import them through this module, so that the same code works in both places.

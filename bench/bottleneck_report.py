@@ -1,11 +1,11 @@
 """The verdict of `python -m bench` in sentences: the bottleneck, and the change that helps most.
 
-The figures come from `bottleneck.py`.
+The figures come from `resource_bounds.py`.
 """
 
 from __future__ import annotations
 
-from .bottleneck import (
+from .resource_bounds import (
     CORES,
     Change,
     StageRates,
