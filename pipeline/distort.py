@@ -19,17 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .buffer_pool import BufferPool
-from .recipe import (
-    BRIGHTNESS,
-    CONTRAST,
-    HUE,
-    LUMA,
-    SATURATION,
-    Recipe,
-    ViewParams,
-    barlow_twins,
-    draw,
-)
+from .draw import ViewParams, draw
+from .recipe import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, Recipe, barlow_twins
 
 _IMAGES_PER_TASK = 16  # images that a CPU thread takes at a time
 

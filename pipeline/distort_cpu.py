@@ -13,8 +13,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from .draw import ViewParams
 from .numba_cache import CachedKernel
-from .recipe import CONTRAST, HUE, LUMA, SATURATION, Recipe, ViewParams
+from .recipe import CONTRAST, HUE, LUMA, SATURATION, Recipe
 
 # All values are finite, and sums may be taken in any order: this lets the compiler use vectors.
 _OPTIONS: dict[str, Any] = {

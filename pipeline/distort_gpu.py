@@ -14,7 +14,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .recipe import BRIGHTNESS, CONTRAST, HUE, LUMA, Recipe, ViewParams
+from .draw import ViewParams
+from .recipe import BRIGHTNESS, CONTRAST, HUE, LUMA, Recipe
 
 _REACH = 4.5  # standard deviations after which a blur kernel is cut off: 7e-6 of it lie beyond
 _BLOCK = 1024  # pixels that a program handles at a time

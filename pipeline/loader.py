@@ -21,12 +21,13 @@ from .background import BackgroundIterator
 from .buffer_pool import BufferPool
 from .decoders import Boxes, Decoder
 from .distort import distort
+from .draw import ViewParams, draw
 from .images import BadImage, decode
 from .machine import single_threaded_workers, usable_cores
 from .options import LoaderOptions
 from .order import Samples, epoch_order, replacements, step_positions, steps_per_epoch
 from .prefetch import Prefetcher, PrefetchPlan
-from .recipe import Recipe, ViewParams, draw
+from .recipe import Recipe
 from .stores import Store
 
 _BATCHES_READY = 2  # finished batches that wait for the consumer

@@ -22,7 +22,7 @@ Samples = NDArray[np.int64]
 # 160 MB/s each stretch takes as long as 40 seeks of 10 ms.
 BLOCKS_MIXED = 16
 
-_STREAM = 0x6F72  # separates these random numbers from those of `recipe.draw`
+_STREAM = 0x6F72  # separates these random numbers from those of `draw`
 _SAMPLE_KEYS = 0
 _BLOCK_KEYS = 1
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..stores import Progress
 from ..stores.image_files import TEST_NAMES, TRAIN_NAMES
-from .extras import import_extra
+from .optional_imports import import_extra
 from .source_types import Source
 from .staging import Item, stage
 

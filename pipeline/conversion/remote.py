@@ -22,8 +22,8 @@ from ..formats import FORMATS
 from ..images import SUFFIXES
 from ..stores import Progress, join_names
 from ..stores.image_files import TEST_NAMES, TRAIN_NAMES
-from .extras import import_extra
 from .local import classes_by_folder, open_local
+from .optional_imports import import_extra
 from .parquet import check_splits, stage_parquet
 from .source_types import Source, digest
 from .staging import Item, stage

@@ -22,7 +22,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple
 
-from ..files import atomic_write
+from ..atomic_write import atomic_write
 from .plan import Plan, describe_differences
 
 

@@ -2,7 +2,7 @@
 
 A conversion follows a plan (`plan.py`), from which every byte follows. Its work in progress lies in
 `<target>.partial` (`work_folder.py`), where each shard grows beside a journal of what is in it
-(`shard_writer.py`, `journal.py`). At the end all is moved into place.
+(`resumable_shard.py`, `journal.py`). At the end all is moved into place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import atomic_write
+from ..atomic_write import atomic_write
 from ..formats import FORMATS
 from ..formats.index import index_path, read_description, save_index
 from ..formats.scanning import Label
@@ -31,7 +31,7 @@ from ..stores import Progress, no_progress
 from .journal import REJECTED, ConversionProgress, index_rows, read_journal
 from .options import ConversionOptions
 from .plan import Plan, describe_differences, make_plan
-from .shard_writer import ShardTask, reject_line, write_shard
+from .resumable_shard import ShardTask, reject_line, write_shard
 from .source_types import Source
 from .sources import open_source
 from .staging import stage_images

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import atomic_write
+from ..atomic_write import atomic_write
 from ..stores import class_names, join_names, split_names
 
 ROW = np.dtype(

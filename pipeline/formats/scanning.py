@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import atomic_write
+from ..atomic_write import atomic_write
 from ..images import BadImage, image_size
 from ..stores import Progress, cache_folder, class_names, join_names, split_names
 from .index import MOST_CLASSES, ROW, save_index, sidecar_path

@@ -6,7 +6,7 @@ PASCAL VOC 2007, `demo.py` and `demo_devkit.py` draw the data of the demo. Recor
 too: see `pipeline.formats`.
 """
 
-from .cache import cache_folder, join_names, split_names
+from .cache_paths import cache_folder, join_names, split_names
 from .demo import demo_folder
 from .demo_devkit import demo_devkit
 from .folder import FolderStore

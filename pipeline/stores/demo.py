@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..files import create_folder_once
+from ..atomic_write import create_folder_once
 from . import demo_drawing
 from .demo_drawing import CLASSES, SPLITS
 from .store import Progress, no_progress

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..files import create_folder_once
+from ..atomic_write import create_folder_once
 from .store import Progress, no_progress
 from .voc import SPLITS
 

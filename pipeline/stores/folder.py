@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import atomic_write
+from ..atomic_write import atomic_write
 from ..images import SUFFIXES, BadImage, image_size
 from ..order import Samples
-from .cache import cache_folder, join_names, split_names
+from .cache_paths import cache_folder, join_names, split_names
 from .image_files import check_folders, check_is_file, class_folders, walk_images
 from .store import Progress, no_progress
 

@@ -12,16 +12,8 @@ import torchvision.transforms.functional as T
 from torch import Tensor
 from torchvision.transforms._functional_tensor import _hsv2rgb, _rgb2hsv
 
-from pipeline.recipe import (
-    BRIGHTNESS,
-    CONTRAST,
-    HUE,
-    SATURATION,
-    RandomResizedCrop,
-    Recipe,
-    View,
-    ViewParams,
-)
+from pipeline.draw import ViewParams
+from pipeline.recipe import BRIGHTNESS, CONTRAST, HUE, SATURATION, RandomResizedCrop, Recipe, View
 from tests.helpers.images import picture
 
 Distort = Callable[..., tuple[Tensor, ...]]

@@ -131,13 +131,13 @@ def import_everything() -> None:
     import model  # noqa: F401
     import train  # noqa: F401
     from experiment.presets import parse
-    from pipeline import barlow_twins, distort, recipe
+    from pipeline import barlow_twins, distort, draw
 
     parse([])  # imports parts of tyro
     # A first batch loads the compiled kernels.
     sample = np.zeros(1, np.int64)
     size = np.full(1, 16)
-    params = recipe.draw(barlow_twins(16), 0, 0, sample, size, size)
+    params = draw.draw(barlow_twins(16), 0, 0, sample, size, size)
     crops = torch.zeros(2, 1, 16, 16, 3, dtype=torch.uint8)
     distort.distort(crops, params, barlow_twins(16))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline import LoaderOptions, open_loader, open_store
 from pipeline.distort import distort as distort_on_cpu
 from pipeline.distort import distort_batched
+from pipeline.draw import ViewParams, draw
 from pipeline.recipe import (
     BRIGHTNESS,
     CONTRAST,
@@ -25,9 +26,7 @@ from pipeline.recipe import (
     RandomResizedCrop,
     Recipe,
     View,
-    ViewParams,
     barlow_twins,
-    draw,
 )
 from tests.helpers.distortions import (
     ADJUST,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.distort import _load_gpu_kernels
 from pipeline.distort import distort as distort_on_cpu
+from pipeline.draw import ViewParams, draw
 from pipeline.recipe import (
     BRIGHTNESS,
     CONTRAST,
@@ -24,9 +25,7 @@ from pipeline.recipe import (
     RandomResizedCrop,
     Recipe,
     View,
-    ViewParams,
     barlow_twins,
-    draw,
 )
 from tests.helpers.distortions import (
     Distort,

@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision import transforms
 
 from pipeline import FOR_ANY_STORE, open_store
+from pipeline.draw import draw
 from pipeline.images import (
     BadImage,
     crop_and_resize,
@@ -21,7 +22,7 @@ from pipeline.images import (
     image_size,
     resize_region,
 )
-from pipeline.recipe import barlow_twins, center_view, crop_view, draw, whole_view
+from pipeline.recipe import barlow_twins, center_view, crop_view, whole_view
 from tests.helpers.images import (
     BAD_IMAGES,
     EXAMPLE_IMAGES,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torchvision import transforms
 
+from pipeline.draw import ViewParams, draw
 from pipeline.philox import philox, uniform
 from pipeline.recipe import (
     BRIGHTNESS,
@@ -22,11 +23,9 @@ from pipeline.recipe import (
     RandomResizedCrop,
     Recipe,
     View,
-    ViewParams,
     barlow_twins,
     center_view,
     crop_view,
-    draw,
     whole_view,
 )
 

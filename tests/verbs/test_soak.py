@@ -1,4 +1,4 @@
-"""After thousands of steps, a loader or a run holds no more memory, threads and files than before."""
+"""A loader or a run holds no more memory, threads and files after thousands of steps."""
 
 from __future__ import annotations
 

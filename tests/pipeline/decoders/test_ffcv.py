@@ -24,7 +24,8 @@ from pipeline import (
     open_loader,
     open_store,
 )
-from pipeline.recipe import Recipe, crop_view, draw, whole_view
+from pipeline.draw import draw
+from pipeline.recipe import Recipe, crop_view, whole_view
 from tests.helpers.betons import (
     FIELD_BYTES,
     HEADER_BYTES,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import atomic_write, create_folder_once
+from pipeline.atomic_write import atomic_write, create_folder_once
 
 
 @pytest.mark.parametrize("concurrent", [False, True])
