@@ -2,9 +2,9 @@
 
 A run measures the throughput of every stage from disk to update (`stage_names.py`), each beside
 its roofline: the throughput that the machine allows for that stage at most. From these figures
-follow the bottleneck and the change that would help most (`resource_bounds.py`, `bottleneck_report.py`). Other
-projects' pipelines are measured beside twinfeed's (`peer_comparison.py`). Everything becomes one
-`Record`, which is printed and, with `--json`, written to a file.
+follow the bottleneck and the change that would help most (`resource_bounds.py`, and in words
+`bottleneck_report.py`). Other projects' pipelines are measured beside twinfeed's
+(`peer_comparison.py`). Everything becomes one `Record`, which is printed and, with `--json`, written to a file.
 
 Read next: `stage_benchmark.py`.
 """

@@ -1,4 +1,4 @@
-"""Options of a run that must not change its weights, resuming with changes, and kept checkpoints."""
+"""Options that must not change the weights, resuming with changes, and kept checkpoints."""
 
 from __future__ import annotations
 
