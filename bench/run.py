@@ -4,7 +4,8 @@ A run measures the throughput of every stage from disk to update (`stage_names.p
 its roofline: the throughput that the machine allows for that stage at most. From these figures
 follow the bottleneck and the change that would help most (`resource_bounds.py`, and in words
 `bottleneck_report.py`). Other projects' pipelines are measured beside twinfeed's
-(`peer_comparison.py`). Everything becomes one `Record`, which is printed and, with `--json`, written to a file.
+(`peer_comparison.py`). Everything becomes one `Record`, which is printed and, with `--json`,
+written to a file.
 
 Read next: `stage_benchmark.py`.
 """

@@ -8,8 +8,9 @@ In another program:
     classifier.predict("cat.jpg")  # {"pred_class": "cat", "pred_label": 3, "pred_score": 0.93}
 
 To read the code, begin with `protocols.py` (the published settings), `command_options.py` (the
-options of evaluate.py) and `evaluated_network.py` (what all evaluations start from). The names below are
-imported when they are first used, so that a command line can answer before torch is loaded.
+options of evaluate.py) and `evaluated_network.py` (what all evaluations start from). The names
+below are imported when they are first used, so that a command line can answer before torch is
+loaded.
 """
 
 from importlib import import_module
