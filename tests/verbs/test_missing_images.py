@@ -39,6 +39,7 @@ def test_a_folder_that_disappears_is_named_and_the_run_resumes_when_it_is_back(
     assert_resume_is_exact(train, own_photos, run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_process_whose_images_disappear_prints_one_line(own_photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = [*OPTIONS, "--epochs", "4000", "--checkpoint-minutes", "0"]

@@ -61,7 +61,13 @@ def digest_of(weights: dict[str, Any]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared folder", "separate folders"])
+@pytest.mark.parametrize(
+    "shared",
+    [
+        pytest.param(True, marks=pytest.mark.slow, id="shared folder"),
+        pytest.param(False, id="separate folders"),
+    ],
+)
 def test_ranks_resume_from_the_same_bits_and_weights_are_sent_only_if_one_cannot_read_them(
     torchrun: Torchrun,
     train: Command,

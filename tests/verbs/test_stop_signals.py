@@ -82,8 +82,10 @@ def test_ctrl_c_outside_the_loop_ends_the_run_quietly(
 
 @pytest.mark.parametrize(
     ("awaited_line", "saved"),
-    [("twinfeed", False), ("pretraining", True)],
-    ids=["while it imports", "while it trains"],
+    [
+        pytest.param("twinfeed", False, id="while it imports"),
+        pytest.param("pretraining", True, id="while it trains", marks=pytest.mark.slow),
+    ],
 )
 def test_sigterm_stops_a_process(
     unlabelled: Path, tmp_path: Path, awaited_line: str, saved: bool
@@ -99,6 +101,7 @@ def test_sigterm_stops_a_process(
         line = ""
         while awaited_line not in line:
             line = process.stdout.readline()
+            assert line, process.stderr.read()
         process.terminate()
         assert process.wait(timeout=60) == PREEMPTED
         assert process.stderr.read() == ""
