@@ -69,6 +69,7 @@ def test_concurrent_pools_do_not_change_the_number_of_threads_of_torch() -> None
 def test_started_workers_end_if_no_more_threads_are_allowed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    torch_threads = torch.get_num_threads()
     start = threading.Thread.start
     started: list[threading.Thread] = []
 
@@ -85,3 +86,6 @@ def test_started_workers_end_if_no_more_threads_are_allowed(
     for thread in started:
         thread.join(10)
         assert not thread.is_alive()
+    assert torch.get_num_threads() == torch_threads
+    monkeypatch.undo()
+    single_threaded_workers(4, "enough").shutdown()
