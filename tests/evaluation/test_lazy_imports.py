@@ -26,7 +26,7 @@ def loaded_modules(code: str) -> set[str]:
 
 
 def test_the_command_line_is_parsed_without_torch() -> None:
-    code = "import evaluate; from evaluation import commands; command_options.parse(['knn'])"
+    code = "import evaluate; from evaluation import command_options; command_options.parse(['knn'])"
     loaded = loaded_modules(code)
     assert "evaluation.command_options" in loaded
     assert not loaded & {"torch", "pipeline", "model", "sklearn"}
