@@ -1,10 +1,10 @@
 """Where does the throughput go? Measures every stage from disk to update on this machine.
 
-python -m bench                      the stages on drawn photographs, the verdict, the peers
+python -m bench                      every stage, the bottleneck, other pipelines
 python -m bench --data DIR --quick   on your images, in about a minute
 torchrun --nproc-per-node 8 -m bench all ranks together, and what contention costs
-python -m bench convert              conversions, FFCV's writer beside ours
-python -m bench step                 the training step alone, the authors' beside ours
+python -m bench convert              conversions, compared with FFCV's writer
+python -m bench step                 the training step alone, compared with the authors'
 python -m bench report               tables and plot of the committed results
 python -m bench doctor               what is installed, what is missing, and what that costs
 

@@ -16,11 +16,11 @@ from .resource_bounds import (
     seconds_per_image,
     without_step,
 )
-from .stage_names import COLD, COPY, DISTORT, E2E, PLAN, STEP, TWO_CROPS, WARM
+from .stage_names import DISTORT, E2E, PLAN, STEP, TWO_CROPS, WARM
 
 _WORTH_NAMING = 1.05  # smallest gain of a change that is proposed
 _SMALLEST_SHARE = 0.005  # of the time, that is named
-_ADJECTIVES = {TWO_CROPS: "decode", COLD: "disk", WARM: "read", COPY: "copy"}
+_RESOURCES = {CORES: "The CPU cores"}
 _ACTIVITIES = {
     PLAN: "planning",
     WARM: "reading",
@@ -38,14 +38,14 @@ def verdict(measured: StageRates) -> list[str]:
     ]
     sentences += _end_to_end(measured)
     sentences += _other_bounds(measured)
-    sentences += _advice(measured)
+    sentences += _advice(measured, "training")
     if _step_dominates_cores(measured):
         feed = without_step(measured)
         sentences.append(
-            f"The feed alone allows {lowest_bound(feed):,.0f} images/s "
-            f"and is {_describe_bottleneck(feed)}"
+            f"The feed alone allows {lowest_bound(feed):,.0f} images/s, "
+            f"{_describe_bottleneck(feed)}"
         )
-        sentences += _advice(feed)
+        sentences += _advice(feed, "the feed")
     return sentences
 
 
@@ -55,9 +55,8 @@ def _describe_bottleneck(measured: StageRates) -> str:
     seconds = seconds_per_image(measured)[resource]
     shares = {stage: spent / sum(seconds.values()) for stage, spent in seconds.items()}
     first, *others = shares
-    adjective = _ADJECTIVES.get(first, first)
     if not others:
-        return f"{adjective}-bound: {resource} is the bottleneck."
+        return f"limited by {resource}."
 
     place = _count_cores(measured.cores) if resource == CORES else resource
     named = [
@@ -66,10 +65,7 @@ def _describe_bottleneck(measured: StageRates) -> str:
         if shares[stage] >= _SMALLEST_SHARE
     ]
     rest = f" ({', '.join(named)})" if named else ""
-    return (
-        f"{adjective}-bound on {place}: {shares[first]:.0%} of the time "
-        f"goes into {_ACTIVITIES[first]}{rest}."
-    )
+    return f"limited by {_ACTIVITIES[first]}: {shares[first]:.0%} of the time on {place}{rest}."
 
 
 def _end_to_end(measured: StageRates) -> list[str]:
@@ -87,19 +83,20 @@ def _end_to_end(measured: StageRates) -> list[str]:
 def _other_bounds(measured: StageRates) -> list[str]:
     lowest = lowest_bound(measured)
     return [
-        f"{_capitalized(resource)} would allow {bound / lowest:.1f} times as much."
+        f"{_RESOURCES.get(resource, _capitalized(resource))} could deliver "
+        f"{bound / lowest:.1f} times as many images/s."
         for resource, bound in bounds(measured).items()
         if resource != bottleneck(measured)
     ]
 
 
-def _advice(measured: StageRates) -> list[str]:
+def _advice(measured: StageRates, purpose: str) -> list[str]:
     """The change that helps most; if it needs hardware, also the best that does not."""
     helpful = [change for change in changes(measured) if change.gain >= _WORTH_NAMING]
     if not helpful:
         return ["Neither more cores nor other data would help."]
     best = helpful[0]
-    sentences = [f"What would help most: {_expectation(best)}."]
+    sentences = [f"To speed up {purpose}: {_expectation(best)}."]
     without_hardware = [change for change in helpful if not change.needs_hardware]
     if best.needs_hardware and without_hardware:
         sentences.append(f"On this machine: {_expectation(without_hardware[0])}.")
@@ -108,7 +105,7 @@ def _advice(measured: StageRates) -> list[str]:
 
 def _expectation(change: Change) -> str:
     up_to = "up to " if change.is_upper_bound else ""
-    return f"{change.description}, expect {up_to}{change.gain:.1f} times as many images/s"
+    return f"{change.description} (expected: {up_to}{change.gain:.1f} times as many images/s)"
 
 
 def _step_dominates_cores(measured: StageRates) -> bool:

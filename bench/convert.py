@@ -1,4 +1,4 @@
-"""`python -m bench convert`: how fast JPEGs become record files, FFCV's writer beside ours.
+"""`python -m bench convert`: how fast JPEGs become record files, compared with FFCV's writer.
 
 Every conversion runs once a round, over all images, from the call to the finished and closed
 file, on all cores. The images are in the system's file cache, so that the disk plays no part in
@@ -43,14 +43,14 @@ class ConvertOptions:
     """Measures conversions of a folder of JPEGs that are in the file cache, on all cores."""
 
     data: Path | None = None
-    """Folder of images [default: drawn photographs of 500 x 375 pixels and 97 kB, the size of
-    ImageNet's]."""
+    """Folder of images [default: generated photographs of 500 x 375 pixels and 96 kB, about the
+    size of ImageNet's]."""
     images: int = 2000
-    """Number of photographs that are drawn."""
+    """Number of photographs to generate, without --data."""
     rounds: Annotated[int, tyro.conf.arg(aliases=["--turns"])] = 5
-    """How often each conversion is measured; all of them are measured in every round."""
+    """Number of rounds; each round measures every conversion once."""
     json: Path | None = None
-    """File for the record of this run."""
+    """Write the results to this JSON file."""
 
     def check(self) -> None:
         """Raise ValueError for options that nothing can be measured with."""
@@ -92,11 +92,11 @@ def main(arguments: list[str], console: Console) -> int:
 
 
 def find_folder(options: ConvertOptions, console: Console) -> Path:
-    """The user's folder, or one with drawn photographs."""
+    """The user's folder, or one with generated photographs."""
     if options.data is not None:
         return options.data
     folder = pipeline.cache_folder() / f"bench-photos-{options.images}"
-    with console.progress_bar("drawing photographs, once") as bar:
+    with console.progress_bar("generating photographs, once") as bar:
         return draw_photos(folder, options.images, progress=bar)
 
 

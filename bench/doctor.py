@@ -26,6 +26,7 @@ WRONG = "WRONG"  # nothing runs
 
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # quota and period in microseconds, or "max"
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_DISK_REMEDY = "set TWINFEED_CACHE or --run-folder to another disk"
 _FEWEST_FILES = 1024  # open files that a process should be allowed
 _CACHED_FRACTION = 0.7  # of the memory, that the file cache is taken to hold
 
@@ -61,7 +62,7 @@ LIBRARIES = (
         required=True,
     ),
     Library("google_crc32c", "google-crc32c", "checksums of records", "uv sync", required=True),
-    Library("sklearn", "scikit-learn", "SVMs of VOC07", "uv sync", required=True),
+    Library("sklearn", "scikit-learn", "for `evaluate.py svm`", "uv sync", required=True),
     Library(
         "nvidia.dali",
         "nvidia-dali-cuda130",
@@ -79,9 +80,11 @@ LIBRARIES = (
     ),
     Library("fsspec", "fsspec", "converts data at URLs", "uv sync --extra convert"),
     Library("distributed", "distributed", "converts on a Dask cluster", "uv sync --extra convert"),
-    Library("lightly", "lightly", "a peer of the benchmark", "uv sync --group bench"),
-    Library("kornia", "kornia", "a peer of the benchmark", "uv sync --group bench"),
-    Library("matplotlib", "matplotlib", "draws `bench report`", "uv sync --group bench"),
+    Library(
+        "lightly", "lightly", "a pipeline that the benchmark compares", "uv sync --group bench"
+    ),
+    Library("kornia", "kornia", "a pipeline that the benchmark compares", "uv sync --group bench"),
+    Library("matplotlib", "matplotlib", "for `bench report --plot`", "uv sync --group bench"),
 )
 
 
@@ -174,11 +177,11 @@ def examine_machine() -> Iterator[Finding]:
 
 def _examine_cores() -> Finding:
     usable = len(os.sched_getaffinity(0))
-    description = f"{usable} of {os.cpu_count() or 1} may be used"
+    description = f"{os.cpu_count() or 1} cores, {usable} usable"
     quota = cpu_quota()
     if quota is None or quota >= usable:
         return Finding("cores", OK, description)
-    description += f", but a container's quota of {quota:.1f}"
+    description += f", container quota {quota:.1f}"
     return Finding("cores", OK, description, f"--threads {max(1, int(quota))}")
 
 
@@ -194,7 +197,7 @@ def cpu_quota() -> float | None:
 def _examine_memory() -> Finding:
     memory = provenance.memory_gib()
     cached = _CACHED_FRACTION * memory
-    description = f"{memory:.0f} GiB: data up to {cached:.0f} GiB are read from the disk once"
+    description = f"{memory:.0f} GiB: data sets up to {cached:.0f} GiB stay in the file cache"
     return Finding("memory", OK, description)
 
 
@@ -213,15 +216,16 @@ def _examine_disk(name: str, folder: Path) -> Finding:
     description = f"{free_gib:.0f} GiB free{note}"
     if writable and free_gib > 1:
         return Finding(name, OK, description)
-    return Finding(name, MISSING, description, "TWINFEED_CACHE or --run on another disk")
+    return Finding(name, MISSING, description, _DISK_REMEDY)
 
 
 def _examine_huge_pages() -> Finding:
     enabled = _HUGE_PAGES.read_text() if _HUGE_PAGES.exists() else "[never]"
     if "[never]" in enabled:
-        description = "off: views on the CPU cost more page faults"
-        return Finding("huge pages", MISSING, description, f"echo madvise > {_HUGE_PAGES}")
-    return Finding("huge pages", OK, "on: views on the CPU cost a tenth of the page faults")
+        description = "off: CPU views cause more page faults (slower)"
+        remedy = f"as root: echo madvise > {_HUGE_PAGES}"
+        return Finding("huge pages", MISSING, description, remedy)
+    return Finding("huge pages", OK, "on: CPU views cause a tenth of the page faults")
 
 
 def _examine_open_files() -> Finding:

@@ -44,7 +44,7 @@ def write_beton(paths: Sequence[str], target: str, side: int | None) -> None:
         from ffcv.writer import DatasetWriter
     except ImportError as error:
         raise ValueError(
-            f"FFCV, to compare with, cannot be imported ({error}): uv sync --extra ffcv"
+            f"FFCV cannot be imported ({error}); the comparison needs it: uv sync --extra ffcv"
         ) from None
     image = RGBImageField(write_mode="jpg", jpeg_quality=QUALITY)
     if side is not None:

@@ -14,19 +14,23 @@ from experiment import PRESETS, DecoderName, check_option
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Measures every stage from disk to update, and other projects' pipelines beside it.
+    """Measures every stage from disk to update, and compares it with other projects' pipelines.
 
-    `python -m bench report --help`: tables and plot of records. `python -m bench doctor`: what is
-    installed.
+    Other commands, each with its own --help:
+    `python -m bench step`: the training step alone.
+    `python -m bench convert`: conversions to record files.
+    `python -m bench report`: results as tables and a plot.
+    `python -m bench doctor`: what is installed, and what is missing.
     """
 
     data: Path | None = None
-    """Folder of images [default: drawn photographs of 500 x 375 pixels and 97 kB, the size of
-    ImageNet's]."""
+    """Folder of images [default: generated photographs of 500 x 375 pixels and 96 kB, about the
+    size of ImageNet's]."""
     images: int = 1024
-    """Number of images that are used, at most."""
+    """Highest number of images to use. Without --data at most 512 are generated, and always 128
+    with --quick."""
     size: int = 224
-    """Side of a view, pixels."""
+    """Height and width of a view, in pixels."""
     batch_size: int | None = None
     """Images per step [default: 64 on a CPU, 32 with --quick, 512 on a GPU]."""
     preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
@@ -34,7 +38,8 @@ class BenchOptions:
     decoder: DecoderName = "auto"
     """auto: DALI on a GPU, else cpu. ffcv: FFCV's loader, for a beton."""
     threads: int | None = None
-    """Threads that decode [default: one per core, shared among the ranks of this machine]."""
+    """Threads that decode [default: one per core, divided by the number of ranks on this
+    machine]."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     quick: bool = False
@@ -42,7 +47,7 @@ class BenchOptions:
     peers: bool = True
     """Measure other projects' pipelines as well, on one core."""
     json: Path | None = None
-    """File for the record of this run."""
+    """Write the results to this JSON file."""
 
     def check(self) -> None:
         """Raise ValueError for options that nothing can be measured with."""
@@ -72,4 +77,4 @@ def check_writable(option: str, path: Path | None) -> None:
         return
     folder_is_writable = os.access(path.absolute().parent, os.W_OK)
     valid = folder_is_writable and not path.is_dir()
-    check_option(option, path, valid, "a file in an existing folder that you may write to")
+    check_option(option, path, valid, "a writable path in an existing folder")

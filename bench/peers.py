@@ -318,7 +318,7 @@ _SPECS = (
         name="torchvision v2 on tensors",
         module="torchvision",
         packages=("torchvision", "torch"),
-        differs="blur within 6 pixels, its borders reflected",
+        differs="blur kernel cut at 6 pixels, borders reflected",
         make=_torchvision,
     ),
     PeerSpec(
@@ -326,8 +326,8 @@ _SPECS = (
         module="nvidia.dali",
         packages=("nvidia-dali-cuda130",),
         differs=(
-            "jitter in a fixed order, contrast about mid-grey, hue by a linear rotation, "
-            "blur borders reflected"
+            "jitter in a fixed order, contrast around mid-grey instead of the image's mean, "
+            "hue as a linear (YIQ) rotation, blur borders reflected"
         ),
         make=_dali,
     ),
@@ -336,7 +336,8 @@ _SPECS = (
         module="kornia.augmentation",
         packages=("kornia", "torchvision", "torch"),
         differs=(
-            "crops without antialiasing, one order of the jitter per batch, blur within 6 pixels"
+            "crops without antialiasing, one order of the jitter per batch, "
+            "blur kernel cut at 6 pixels"
         ),
         make=_kornia,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ _RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Prints records of the benchmark as Markdown, and draws them."""
+    """Prints benchmark results as Markdown tables, and plots them."""
 
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Records that `python -m bench --json` has written [default: bench/results/feed-*.json]."""
+    """Results that `python -m bench --json` has written [default: bench/results/feed-*.json]."""
     plot: Path | None = None
     """Picture to draw, for example docs/throughput.png. Needs the dependency group `bench`."""
 
@@ -37,17 +38,32 @@ def main(arguments: list[str]) -> int:
     if options.plot:
         from .plot import draw
 
-        draw([result for result in records if result.stages], options.plot)
+        draw([with_current_names(result) for result in records if result.stages], options.plot)
     return 0
 
 
 def to_markdown(result: Record) -> str:
     """The record as Markdown, whichever command made it."""
+    result = with_current_names(result)
     if result.steps:
         return _steps(result)
     if result.conversions:
         return _conversions(result)
     return _stages(result)
+
+
+def with_current_names(result: Record) -> Record:
+    """The record with the current name of the decoder `cpu`, formerly `torchvision`."""
+    settings = result.settings
+    if settings.get("decoder") == "torchvision":
+        settings = {**settings, "decoder": "cpu"}
+    peers = [
+        dataclasses.replace(
+            peer, name=peer.name.replace("twinfeed, torchvision", "twinfeed, cpu", 1)
+        )
+        for peer in result.peers
+    ]
+    return dataclasses.replace(result, settings=settings, peers=peers)
 
 
 def _stages(result: Record) -> str:
@@ -72,7 +88,7 @@ def _peer_table(peers: Sequence[PeerResult]) -> list[str]:
         "two views on one core",
         "images/s",
         "±",
-        "to the authors'",
+        "times the authors' rate",
         "differs from the paper in",
     )
     rows = [(*tables.ratio_row(peer.name, peer), peer.differs or "nothing") for peer in peers]
@@ -80,7 +96,7 @@ def _peer_table(peers: Sequence[PeerResult]) -> list[str]:
 
 
 def _conversions(result: Record) -> str:
-    headers = ("conversion", "images/s", "±", "ratio", "to that of")
+    headers = ("conversion", "images/s", "±", "ratio", "compared with")
     rows = []
     for one in result.conversions:
         against = "itself" if one.against == one.name else one.against
@@ -90,12 +106,13 @@ def _conversions(result: Record) -> str:
 
 def _steps(result: Record) -> str:
     settings = result.settings
+    headers = [header.replace("\n", " ") for header in tables.STEP_HEADERS]
     skipped = [f"{line}." for line in settings["skipped"]]
     lines = [
         f"{_origin(result)}; {settings['network']}; the loss at D {settings['loss']['d']} "
         f"({_versions(result)}).",
         "",
-        *_table(tables.STEP_HEADERS, [tables.step_row(step, result) for step in result.steps]),
+        *_table(headers, [tables.step_row(step, result) for step in result.steps]),
         "",
         tables.STEP_COLUMNS,
         "",

@@ -133,8 +133,8 @@ def _smaller_images(measured: StageRates) -> list[Change]:
     decode_seconds = 1 / (rates[DECODE] * measured.small_decode_speedup)
     changed = _with_rates(measured, {TWO_CROPS: 1 / (decode_seconds + crop_seconds)})
     description = (
-        f"JPEGs of at most {SMALL} px a side instead of {measured.long_side:.0f} "
-        f"(`convert.py DATA TARGET --max-side {SMALL}`)"
+        f"JPEGs of at most {SMALL} px a side instead of {measured.long_side:.0f}, "
+        f"made by `convert.py DATA TARGET --max-side {SMALL}`"
     )
     return [Change(description, _gain(measured, changed), needs_hardware=False)]
 
@@ -157,7 +157,7 @@ def _avoid_disk(measured: StageRates) -> list[Change]:
     if not measured.exceeds_memory:
         return []
     gain = _gain(measured, replace(measured, exceeds_memory=False))
-    hardware = "the data on a faster disk, or more memory than data"
+    hardware = "the data on a faster disk, or enough memory to cache the data"
     blocks = f"`--shuffle-block {measured.shuffle_block}`, which reads long contiguous stretches"
     if not measured.in_record_files:
         blocks = f"`convert.py DATA TARGET`, and then {blocks}"

@@ -59,8 +59,8 @@ def measure(options: BenchOptions, ranks: RankGroup, console: Console) -> Record
         sample = decodable_images(stages.encoded[:_SAMPLE], settings.store)
         if not sample:
             raise ValueError(
-                f"none of the first {_SAMPLE} images decodes, "
-                f"the first of them is {settings.store.name(0)}: name a folder of sound images"
+                f"none of the first {_SAMPLE} images ({settings.store.name(0)}, ...) can be "
+                "decoded: use another --data folder"
             )
         conditions = describe_conditions(stages, whole, sample)
     with console.progress_bar("the stages") as bar:
@@ -101,7 +101,7 @@ def prepare(
     store = without_unreadable(pipeline.random_subset(options.images, whole), console)
     fewest = max(2, ranks.world_size)
     if len(store) < fewest:
-        raise ValueError(f"{len(store)} images are too few to measure with: it takes {fewest}")
+        raise ValueError(f"at least {fewest} images are needed, found {len(store)}")
     default_batch = 512 if on_gpu else 64
     if options.quick and not on_gpu:
         default_batch = 32
@@ -126,12 +126,12 @@ def find_device(name: str, ranks: RankGroup) -> torch.device:
 
 
 def open_images(options: BenchOptions, ranks: RankGroup, console: Console) -> Store:
-    """The user's images, or drawn photographs."""
+    """The user's images, or generated photographs."""
     folder = options.data
     if folder is None:
         count = 128 if options.quick else min(options.images, 512)
         folder = pipeline.cache_folder() / f"photos-{count}"
-        with console.progress_bar("drawing photographs, once") as bar:
+        with console.progress_bar("generating photographs, once") as bar:
             if ranks.rank == 0:
                 draw_photos(folder, count, progress=bar)
             ranks.barrier()
@@ -171,7 +171,7 @@ def describe_conditions(stages: Stages, whole: Store, sample: list[bytes]) -> St
 def measure_peers(options: BenchOptions, stages: Stages, console: Console) -> list[PeerResult]:
     """The other projects' pipelines on the first images that decode."""
     images = decodable_images(stages.encoded[: peer_comparison.IMAGES], stages.settings.store)
-    with console.progress_bar("the peers, interleaved on one core") as bar:
+    with console.progress_bar("other pipelines, in turn on one core") as bar:
         return peer_comparison.compare(images, options.size, options.quick, bar)
 
 

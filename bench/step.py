@@ -49,7 +49,7 @@ _MOST_LOSS_ROUNDS = 3  # the D x D form takes seconds on a CPU
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Measures the training step on random views, the authors' beside ours, and the loss."""
+    """Measures training on random views: compares our training step and loss with the authors'."""
 
     preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
     """Preset that defines the network and the size of its views [default: demo on a CPU,
@@ -58,15 +58,16 @@ class StepOptions:
     """Images per step, one number or several [default: 128 on a CPU, 256 512 1024 2048 on a
     GPU]."""
     rounds: Annotated[int, tyro.conf.arg(aliases=["--turns"])] = 7
-    """How often each step is measured; all of them are measured in every round."""
+    """Number of rounds; each round measures every variant once."""
     steps: int = 10
     """Steps per round."""
     quick: bool = False
-    """Two rounds of two steps, the default compilation only, a smaller loss."""
+    """Two rounds of two steps; only torch.compile's default mode; the loss is measured with
+    smaller N and D."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Path | None = None
-    """File for the record of this run."""
+    """Write the results to this JSON file."""
     trace: Path | None = None
     """File for torch's profile of our step, such as trace.json.gz, for chrome://tracing or
     Perfetto."""

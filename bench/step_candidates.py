@@ -48,7 +48,7 @@ def step_variants(device: torch.device, quick: bool) -> tuple[list[StepVariant],
         return variants, reason
     variant = replace(variant, name="+ compiled", compile_mode=compile_mode)
     variants.append(variant)
-    variant = replace(variant, name="+ both in one pass", one_pass=True)
+    variant = replace(variant, name="+ views in one batch", one_pass=True)
     variants.append(variant)
     if not quick:
         variants += _alternatives(variant, on_gpu)
@@ -59,7 +59,7 @@ def _alternatives(best: StepVariant, on_gpu: bool) -> list[StepVariant]:
     """Variants of the last step that `train.py` offers as options."""
     if on_gpu:
         tuned = replace(
-            best, name="the same, tuned kernels", compile_mode="max-autotune-no-cudagraphs"
+            best, name="the same, max-autotune", compile_mode="max-autotune-no-cudagraphs"
         )
         graphs = replace(best, name="the same, CUDA graphs", compile_mode="reduce-overhead")
         return [tuned, graphs]

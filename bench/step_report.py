@@ -26,7 +26,7 @@ def verdict(
     Args:
         steps: What was measured, the forms of the loss included.
         bounds: Rooflines in images/s, by name and precision.
-        known: Rooflines that are known for this GPU, by description.
+        known: The precomputed bounds for this GPU, by description.
         loss_width: The embedding width D of the loss that was measured.
     """
     return [
@@ -49,12 +49,12 @@ def _describe_limit(
     fused = bounds[f"{FUSED}, {best.precision}"]
     limit = "Memory traffic" if memory < multiply else "Multiplication"
     sentences = [
-        f"{limit} is the limit: in {best.precision} this machine's memory allows "
-        f"{number(memory)} images/s operation by operation and {number(fused)} with fused ReLUs, "
-        f"its multiplications allow {number(multiply)}. "
-        f"The fastest step ({best.name.removeprefix('+ ')}, batch {best.batch_size}) reaches "
-        f"{number(rate)}: {rate / memory:.0%}, {rate / fused:.0%} and {rate / multiply:.0%} "
-        "of these."
+        f"{limit} is the limit in {best.precision}. "
+        f"Bound by memory traffic (no fusion): {number(memory)} images/s; "
+        f"with ReLU fused: {number(fused)}; by matrix products: {number(multiply)}. "
+        f"Reached by the fastest step ({best.name.removeprefix('+ ')}, batch {best.batch_size}): "
+        f"{number(rate)}, which is {rate / memory:.0%}, {rate / fused:.0%} and "
+        f"{rate / multiply:.0%} of these."
     ]
     if known:
         fractions = [
@@ -62,7 +62,7 @@ def _describe_limit(
             for description, bound in known.items()
         ]
         sentences.append(
-            f"It reaches these fractions of what is known for this GPU: {', '.join(fractions)}."
+            f"As fractions of the precomputed bounds for this GPU: {', '.join(fractions)}."
         )
     return sentences
 
@@ -84,7 +84,7 @@ def _describe_gains(steps: Sequence[StepResult]) -> list[str]:
             continue
         others = [f"; {name} {ratio:.2f}" for name, ratio in by_name.items() if name not in changes]
         sentences.append(
-            f"At batch {batch_size} the gain over the authors' step is "
+            f"At batch {batch_size}, speed-up over the authors' step, by change: "
             f"{' x '.join(factors)} = {by_name[changes[-1]]:.2f}{''.join(others)}."
         )
     return sentences

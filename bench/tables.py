@@ -11,10 +11,21 @@ from experiment import Console
 
 from .record import ConversionRate, PeerResult, Rates, Record, StageResult, StepResult
 
-STEP_HEADERS = ("step", "batch", "images/s", "±", "ms", "ratio", "GiB", "bytes", "flop")
+# On several lines, so that columns are as narrow as their figures.
+STEP_HEADERS = (
+    "step",
+    "batch",
+    "images/s",
+    "±",
+    "ms",
+    "vs\nauthors",
+    "GiB",
+    "% of\nmemory\nbound",
+    "% of\ncompute\nbound",
+)
 STEP_COLUMNS = (
-    "Ratio: rate / rate of the authors'. Bytes and flop: the rate as a fraction of what the "
-    "memory allows operation by operation, and of what the multiplications allow."
+    "vs authors: the rate / the rate of the authors' step or loss. Memory bound: the rate that the "
+    "memory traffic allows without fusion. Compute bound: the rate that the matrix products allow."
 )
 ROOFLINE_HEADER = "roofline reached"
 
@@ -61,7 +72,7 @@ def _print_conditions(result: Record, console: Console) -> None:
 
 def _print_peers(peers: Sequence[PeerResult], console: Console) -> None:
     console.print("")
-    headers = ("two views on one core", "images/s", "±", "ratio")
+    headers = ("two views on one core", "images/s", "±", "times the authors' rate")
     console.rich.print(_table(headers, [ratio_row(peer.name, peer) for peer in peers]))
     console.print("\nDifferences from the paper:")
     for peer in peers:
@@ -75,7 +86,7 @@ def print_conversions(result: Record, console: Console) -> None:
     console.print(
         f"\n{_hardware(result)}; {data.images:,} {data.name}, {data.mean_bytes / 1000:.0f} kB\n"
     )
-    headers = ("conversion", "images/s", "±", "to FFCV's")
+    headers = ("conversion", "images/s", "±", "times FFCV's rate")
     console.rich.print(_table(headers, [ratio_row(one.name, one) for one in result.conversions]))
 
 
@@ -86,7 +97,9 @@ def print_steps(result: Record, console: Console) -> None:
         f"\n{_hardware(result)}; {settings['network']}; the loss at D {settings['loss']['d']}"
     )
     console.print(f"{STEP_COLUMNS}\n")
-    console.rich.print(_table(STEP_HEADERS, [step_row(step, result) for step in result.steps]))
+    table = _table(STEP_HEADERS, [step_row(step, result) for step in result.steps])
+    table.collapse_padding = True  # for terminals of 80 columns
+    console.rich.print(table)
     console.print("")
     for sentence in [*settings["skipped"], *result.verdict]:
         console.print(sentence)

@@ -93,7 +93,9 @@ def _restore_authors_optimizer(
             f"{path} does not contain the optimizer of the authors' main.py: {error!r}"
         ) from None
     if epoch >= settings["epochs"]:
-        raise ValueError(f"{path} has {epoch} finished epochs: --epochs must be more")
+        raise ValueError(
+            f"{path} has {epoch} finished epochs: --epochs must be greater than {epoch}"
+        )
     return epoch
 
 
@@ -123,5 +125,7 @@ def _take_momenta(optimizer: LARS, saved: Mapping[str, Any], lr: float, lr_biase
         for number, p in zip(saved_group["params"], group["params"], strict=True):
             mu = saved["state"][number]["mu"]
             if mu.shape != p.shape:
-                raise ValueError(f"a momentum of {list(mu.shape)} for a parameter {list(p.shape)}")
+                raise ValueError(
+                    f"momentum has shape {list(mu.shape)}, parameter has shape {list(p.shape)}"
+                )
             optimizer.state[p]["mu"] = mu.float() * factor

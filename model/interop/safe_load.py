@@ -93,8 +93,8 @@ def _read_zip(file: BinaryIO) -> Any:
         file_size = file.seek(0, io.SEEK_END)
         if sum(sizes.values()) > file_size:
             raise RefusedError(
-                "claims to hold more than it does: it is damaged, or was compressed; save it by "
-                "torch.save"
+                "has contents that are larger than the file: it is damaged or compressed; save it "
+                "again with torch.save"
             )
         storages = _ZipStorages(archive, root)
         return SafeUnpickler(io.BytesIO(archive.read(pickle_name)), storages.read).load()
@@ -120,7 +120,7 @@ class _ZipStorages:
         data = self._data[key]
         if len(data) != size:
             raise pickle.UnpicklingError(
-                f"{size:,} bytes are announced, but there are {len(data):,}"
+                f"the header says that a storage has {size:,} bytes, the file has {len(data):,}"
             )
         return data
 
@@ -150,23 +150,30 @@ class _LegacyStorages:
         if key not in self._data:
             self._bytes_left -= size
             if size < 0 or self._bytes_left < 0:
-                raise pickle.UnpicklingError("more numbers are announced than the file has")
+                raise pickle.UnpicklingError(
+                    "the header says that its storages have more bytes than the file"
+                )
             self._data[key] = bytearray(size)
             self._item_sizes[key] = dtype.itemsize
         data = self._data[key]
         if len(data) != size:
-            raise pickle.UnpicklingError(f"a storage of {size:,} bytes has {len(data):,}")
+            raise pickle.UnpicklingError(
+                f"the header says that a storage has {size:,} bytes, the file has {len(data):,}"
+            )
         return data
 
     def fill(self, file: BinaryIO, keys: Any) -> None:
         """Read the numbers of all storages, in the order of `keys`."""
         if set(keys) != self._data.keys():
-            raise pickle.UnpicklingError("its numbers are not those that its tensors need")
+            raise pickle.UnpicklingError("its storages do not match its tensors")
         for key in keys:
             data = self._data[key]
             (count,) = struct.unpack("<q", file.read(8))
-            if count * self._item_sizes[key] != len(data):
-                raise pickle.UnpicklingError(f"a storage of {len(data):,} bytes has another size")
+            size = count * self._item_sizes[key]
+            if size != len(data):
+                raise pickle.UnpicklingError(
+                    f"the header says that a storage has {len(data):,} bytes, the file has {size:,}"
+                )
             if file.readinto(data) != len(data):  # type: ignore[attr-defined]
                 raise EOFError("it ends too early")
 

@@ -157,7 +157,7 @@ class SafeUnpickler(pickle.Unpickler):
             return saved_id[1]
         kind, dtype, key, _, count, *view = saved_id
         if kind != "storage" or not isinstance(dtype, torch.dtype) or self._read_storage is None:
-            raise pickle.UnpicklingError("it keeps other things than numbers beside its pickle")
+            raise pickle.UnpicklingError("it has a storage that is not a plain tensor storage")
 
         # Keys that are equal as text are one storage, whatever objects they are in the pickle.
         data = self._read_storage(str(key), count * dtype.itemsize, dtype)

@@ -117,7 +117,7 @@ def load_backbone(weights: Weights, path: Path) -> Backbone:
     if not_finite:
         raise ValueError(
             f"{path}: {len(not_finite)} of its tensors are not finite ({not_finite[0]}): use "
-            "weights from before that"
+            "an earlier checkpoint"
         )
     entries = {name: value.clone() for name, value in weights.backbone.items()}
     backbone.load_state_dict(entries, assign=True)
@@ -169,7 +169,7 @@ def _describe_unknown_network(path: Path, names: Sequence[str]) -> str:
     message = f"{path} contains no ResNet that twinfeed knows ({', '.join(BACKBONES)})"
     if names:
         return f"{message}: its entries are {', '.join(names[:3])}, ..."
-    return f"{message}: it has no weights by name (save state_dict())"
+    return f"{message}; it contains no state_dict: save model.state_dict()"
 
 
 def _describe_mismatch(

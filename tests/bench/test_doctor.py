@@ -102,9 +102,7 @@ def test_a_quota_below_the_cores_is_reported(
 ) -> None:
     (tmp_path / "cpu.max").write_text("350000 100000\n")
     finding = examine_cores(monkeypatch, tmp_path / "cpu.max")
-    assert finding.description == (
-        f"16 of {os.cpu_count()} may be used, but a container's quota of 3.5"
-    )
+    assert finding.description == (f"{os.cpu_count()} cores, 16 usable, container quota 3.5")
     assert finding.remedy == "--threads 3"
 
 
@@ -114,7 +112,7 @@ def test_no_quota_is_reported_without_a_limit_below_the_cores(
 ) -> None:
     (tmp_path / "cpu.max").write_text(limit)
     finding = examine_cores(monkeypatch, tmp_path / "cpu.max")
-    assert finding.description == f"16 of {os.cpu_count()} may be used"
+    assert finding.description == f"{os.cpu_count()} cores, 16 usable"
     assert finding.remedy == ""
 
 

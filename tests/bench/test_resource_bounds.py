@@ -67,11 +67,11 @@ def measured(
 
 MORE_CORES = "8 cores instead of 4"
 SMALL_JPEGS = (
-    "JPEGs of at most 400 px a side instead of 500 (`convert.py DATA TARGET --max-side 400`)"
+    "JPEGs of at most 400 px a side instead of 500, made by `convert.py DATA TARGET --max-side 400`"
 )
 A_GPU = "a GPU for the step and the distortions"
 DALI = "`--decoder dali`"
-FASTER_DISK = "the data on a faster disk, or more memory than data"
+FASTER_DISK = "the data on a faster disk, or enough memory to cache the data"
 BLOCKS = "`--shuffle-block 610`, which reads long contiguous stretches"
 
 
@@ -94,7 +94,7 @@ def test_the_cores_do_one_stage_after_another() -> None:
 def test_the_verdict_names_the_bottleneck_and_what_training_reaches() -> None:
     sentences = verdict(measured({E2E: 200}))
     assert sentences[0] == (
-        "Decode-bound on 4 cores: 53% of the time goes into decoding and cropping "
+        "Limited by decoding and cropping: 53% of the time on 4 cores "
         "(distorting 26%, the training step 13%, reading 7%, planning 1%). "
         "That allows 265 images/s."
     )
@@ -108,8 +108,8 @@ def test_gains_of_all_changes_on_a_cpu() -> None:
         SMALL_JPEGS: pytest.approx(ALL_MS / (ALL_MS - SMALL_JPEGS_SAVE_MS)),
     }
     assert verdict(measured())[-2:] == [
-        f"What would help most: {MORE_CORES}, expect 2.0 times as many images/s.",
-        f"On this machine: {SMALL_JPEGS}, expect 1.2 times as many images/s.",
+        f"To speed up training: {MORE_CORES} (expected: 2.0 times as many images/s).",
+        f"On this machine: {SMALL_JPEGS} (expected: 1.2 times as many images/s).",
     ]
 
 
@@ -120,16 +120,14 @@ def test_smaller_jpegs_are_proposed_only_for_large_jpegs() -> None:
 
 def test_if_the_step_limits_a_cpu_the_feed_without_it_is_judged_too() -> None:
     sentences = verdict(measured({STEP: 100}))  # 10 ms, 13.275 in all
-    assert sentences[0].startswith(
-        "Step-bound on 4 cores: 75% of the time goes into the training step"
-    )
+    assert sentences[0].startswith("Limited by the training step: 75% of the time on 4 cores")
     assert sentences[1] == (
-        f"What would help most: {A_GPU}, expect up to 5.8 times as many images/s."
+        f"To speed up training: {A_GPU} (expected: up to 5.8 times as many images/s)."
     )
     assert sentences[2].startswith(
-        "The feed alone allows 305 images/s and is decode-bound on 4 cores: 61% of the time"
+        "The feed alone allows 305 images/s, limited by decoding and cropping: 61% of the time"
     )
-    assert "8 cores instead of 4, expect 2.0" in sentences[3]
+    assert sentences[3].startswith("To speed up the feed: 8 cores instead of 4 (expected: 2.0")
 
 
 def test_without_the_step_its_rate_does_not_matter() -> None:
@@ -146,13 +144,13 @@ def test_a_gpu_that_the_cores_cannot_feed() -> None:
     rates = measured({E2E: 400}, on_gpu=True)
     assert bounds(rates) == pytest.approx({CORES: 1000 / cores_ms, GPU: 1000 / gpu_ms, BUS: 5000})
     sentences = verdict(rates)
-    assert sentences[0].startswith("Decode-bound on 4 cores: 88% of the time goes into decoding")
+    assert sentences[0].startswith("Limited by decoding and cropping: 88% of the time on 4 cores")
     assert "That allows 440 images/s." in sentences[0]
     assert sentences[1:5] == [
         "End to end, training reaches 400 images/s: 91% of that.",
         "The GPU trains 20% of the time.",
-        "The GPU would allow 1.5 times as much.",
-        "The copy to the GPU would allow 11.4 times as much.",
+        "The GPU could deliver 1.5 times as many images/s.",
+        "The copy to the GPU could deliver 11.4 times as many images/s.",
     ]
     # More cores and DALI gain until the GPU is the bottleneck.
     assert gains(rates) == pytest.approx(
@@ -169,7 +167,7 @@ def test_decoding_on_the_gpu_relieves_the_cores_and_the_bus() -> None:
     rates = measured(on_gpu=True, decodes_on_gpu=True)
     assert bounds(rates) == pytest.approx({CORES: 1000 / (PLAN_MS + WARM_MS), GPU: 1000 / gpu_ms})
     assert verdict(rates)[0].startswith(
-        "Decode-bound on the GPU: 57% of the time goes into decoding and cropping"
+        "Limited by decoding and cropping: 57% of the time on the GPU"
     )
     smaller = gpu_ms / (gpu_ms - SMALL_JPEGS_SAVE_MS)
     assert gains(rates) == pytest.approx({MORE_CORES: 1.0, SMALL_JPEGS: smaller})
@@ -178,15 +176,13 @@ def test_decoding_on_the_gpu_relieves_the_cores_and_the_bus() -> None:
 
 def test_nothing_helps_a_gpu_that_only_trains() -> None:
     sentences = verdict(measured({STEP: 50}, on_gpu=True))
-    assert sentences[0].startswith("Step-bound on the GPU: 95%")
+    assert sentences[0].startswith("Limited by the training step: 95% of the time on the GPU")
     assert sentences[-1] == "Neither more cores nor other data would help."
 
 
 def test_the_bus_can_be_the_bottleneck() -> None:
     sentences = verdict(measured({COPY: 100}, on_gpu=True))
-    assert sentences[0] == (
-        "Copy-bound: the copy to the GPU is the bottleneck. That allows 100 images/s."
-    )
+    assert sentences[0] == ("Limited by the copy to the GPU. That allows 100 images/s.")
 
 
 # Disks and blocks
@@ -195,19 +191,19 @@ def test_the_bus_can_be_the_bottleneck() -> None:
 def test_the_disk_can_be_the_bottleneck() -> None:
     rates = measured(on_gpu=True, exceeds_memory=True)
     sentences = verdict(rates)
-    assert sentences[0] == "Disk-bound: the disk is the bottleneck. That allows 300 images/s."
+    assert sentences[0] == "Limited by the disk. That allows 300 images/s."
     assert gains(rates)[FASTER_DISK] == pytest.approx(440 / 300, rel=0.01)
-    assert f"{FASTER_DISK}, expect 1.5 times" in sentences[-2]
+    assert f"{FASTER_DISK} (expected: 1.5 times" in sentences[-2]
     assert DISK not in bounds(replace(rates, exceeds_memory=False))
 
 
 def test_records_larger_than_the_memory_are_to_be_shuffled_in_blocks() -> None:
-    expectation = "expect up to 1.5 times as many images/s."
+    expectation = "(expected: up to 1.5 times as many images/s)."
     records = measured(on_gpu=True, exceeds_memory=True, in_record_files=True)
-    assert verdict(records)[-1] == f"On this machine: {BLOCKS}, {expectation}"
+    assert verdict(records)[-1] == f"On this machine: {BLOCKS} {expectation}"
     folder = replace(records, in_record_files=False)
     convert = "`convert.py DATA TARGET`, and then "
-    assert verdict(folder)[-1] == f"On this machine: {convert}{BLOCKS}, {expectation}"
+    assert verdict(folder)[-1] == f"On this machine: {convert}{BLOCKS} {expectation}"
 
 
 def test_blocks_are_not_proposed_if_the_disk_is_not_the_bottleneck() -> None:
@@ -243,11 +239,11 @@ def test_the_change_that_is_named_gains_most() -> None:
             in_record_files=bool(rng.integers(2)),
         )
         sentences = verdict(rates)
-        named = [one for one in sentences if one.startswith("What would help most")]
+        named = [one for one in sentences if one.startswith("To speed up training")]
         best = max(change.gain for change in changes(rates))
         judges_feed = "The feed alone" in " ".join(sentences)
         assert bool(named) == (best >= 1.05) or judges_feed
         if best >= 1.05:
-            expected = re.search(r"expect (?:up to )?([\d.]+) times", named[0])
+            expected = re.search(r"expected: (?:up to )?([\d.]+) times", named[0])
             assert expected
             assert float(expected[1]) == pytest.approx(best, abs=0.051)

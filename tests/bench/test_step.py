@@ -58,9 +58,9 @@ def test_the_verdict_names_the_limit_and_the_factors_of_the_gain() -> None:
     steps = [*make_steps(100, 110, 220, 250), *make_losses()]
     limit, known, gain, loss = verdict(steps, BOUNDS, {"alone": 2500}, 16384)
     assert limit.startswith(
-        "Memory traffic is the limit: in float32 this machine's memory allows 500 images/s"
+        "Memory traffic is the limit in float32. Bound by memory traffic (no fusion): 500 images/s;"
     )
-    assert "(the same, CUDA graphs, batch 128) reaches 250: 50%, 31% and 25% of these" in limit
+    assert "(the same, CUDA graphs, batch 128): 250, which is 50%, 31% and 25% of these." in limit
     assert "10% of 2,500 (alone)" in known
     factors = "1.10 (our loss and LARS) x 2.00 (channels-last) = 2.20; the same, CUDA graphs 2.50."
     assert factors in gain
@@ -128,7 +128,13 @@ def test_variants_on_a_gpu_that_does_not_compile(
 
 # The command
 
-STEP_NAMES = [AUTHORS, "+ our loss and LARS", "+ channels-last", "+ compiled", "+ both in one pass"]
+STEP_NAMES = [
+    AUTHORS,
+    "+ our loss and LARS",
+    "+ channels-last",
+    "+ compiled",
+    "+ views in one batch",
+]
 
 
 @pytest.fixture
@@ -198,8 +204,11 @@ def test_steps_and_losses_are_measured_recorded_and_reported(
         (["--turns", "0"], "--rounds is 0: it must be at least 1"),  # the option's former name
         (["--steps", "0"], "--steps is 0"),
         (["--batch-size", "8", "1"], "--batch-size is 1: it must be at least 2"),
-        (["--json", "/"], "--json is /: it must be a file in an existing folder"),
-        (["--trace", "no/such/x.gz"], "--trace is no/such/x.gz: it must be a file in an existing"),
+        (["--json", "/"], "--json is /: it must be a writable path in an existing folder"),
+        (
+            ["--trace", "no/such/x.gz"],
+            "--trace is no/such/x.gz: it must be a writable path in an existing",
+        ),
     ],
 )
 def test_bad_options_are_refused_in_one_line(arguments: list[str], message: str) -> None:
@@ -215,7 +224,7 @@ def test_the_command_with_a_compiler(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = record.read(tmp_path / "a.json")
     last_three = [one.name for one in result.steps][-3:]
-    assert last_three == ["+ both in one pass", AUTHORS_LOSS, OUR_LOSS]
+    assert last_three == ["+ views in one batch", AUTHORS_LOSS, OUR_LOSS]
     assert all(one.name in done.stdout for one in result.steps)
 
 

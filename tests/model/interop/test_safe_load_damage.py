@@ -153,4 +153,4 @@ def test_an_archive_that_unpacks_to_more_than_itself_is_refused(tmp_path: Path) 
     with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", storage_program(2**22, 4))
         archive.writestr("archive/data/0", bytes(2**24))
-    check_refused(tmp_path / "x.pt", "more than it does")
+    check_refused(tmp_path / "x.pt", "larger than the file")
