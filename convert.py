@@ -35,10 +35,17 @@ if TYPE_CHECKING:
 _MOST_PROBLEMS = 10  # that are printed
 _CLUSTER_TIMEOUT_S = 10
 
+# How the table at the end names what was done to images, if `<target>.json` has another name.
+_TREATMENT_NAMES = {
+    "from other formats": "converted to JPEG",
+    "encoded with less quality": "re-encoded at lower quality",
+    "repaired": "re-encoded (damaged or unusual JPEG)",
+}
+
 
 @dataclass(frozen=True)
 class Convert:
-    """Write SOURCE to TARGET in a seeded global shuffle; each image is decoded once to check it.
+    """Convert SOURCE to TARGET, in a random order given by --seed.
 
     The same command resumes a conversion that was stopped. `convert.py verify --help`: read a
     TARGET again, and compare.
@@ -49,11 +56,11 @@ class Convert:
     Record files are .tar, .tfrecord and Hugging Face .parquet.
     Also a URL of any of these, or torchvision:CIFAR10[:test]."""
     target: Annotated[Positional[Path], arg(metavar="TARGET")]
-    """x.beton, or a folder of shards."""
+    """A .beton file, or a folder for shards."""
     format: Literal["beton", "webdataset", "tfrecord"] | None = None
     """What to write; not needed if TARGET ends in .beton."""
     shards: int | None = None
-    """Number of files, instead of --shard-size."""
+    """Number of shards; replaces --shard-size."""
     shard_size: int = 5000
     """Images per shard."""
     max_side: int | None = None
@@ -66,7 +73,8 @@ class Convert:
     seed: int = 0
     """Seed of the shuffle."""
     validate: bool = True
-    """Decode each image; if off, only headers are read."""
+    """Check the compressed data of each image.
+    If off, images that pass through are only identified by their headers."""
     strict: bool = False
     """Stop at the first bad image instead of leaving it out."""
     threads: int | None = None
@@ -74,7 +82,7 @@ class Convert:
     scheduler: str | None = None
     """Address of a Dask scheduler; its workers write the shards.
     SOURCE and TARGET must be on a file system that all workers share.
-    Dask pickles what its parts exchange: use TLS (tls://...) over a network that others use."""
+    Anyone who can reach the scheduler can run code; on a shared network use tls://HOST:PORT."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Verify:
     target: Annotated[Positional[Path], arg(metavar="TARGET")]
     """A converted data set."""
     against: Annotated[str | None, arg(metavar="SOURCE")] = None
-    """Make each image again from its source, and compare."""
+    """Convert each source image again and compare."""
     threads: int | None = None
     """Number of threads; without it, one per core."""
 
@@ -143,7 +151,8 @@ def convert(command: Convert, console: Console) -> int:
         console.print(f"{result.path} already exists, from the same conversion: nothing to do")
         return 0
     console.table(summarize(result, time.monotonic() - started_at))
-    console.print(printable(f"uv run train.py --data {shlex.quote(str(command.target))}"))
+    data = shlex.quote(str(command.target))
+    console.print(printable(f"To train on it: uv run train.py --data {data}"))
     return 0
 
 
@@ -195,15 +204,15 @@ class ConversionBar:
         elapsed_s = max(time.monotonic() - self._started_at, 1e-3)
         images_per_s = (done.images - self._first.images) / elapsed_s
         megabytes_per_s = (done.bytes - self._first.bytes) / elapsed_s / 1e6
-        status = f"{images_per_s:.0f} images/s, {megabytes_per_s:.0f} MB/s, {done.rejects} rejects"
-        self._bar(done.images, images, status)
+        throughput = f"{images_per_s:.0f} images/s, {megabytes_per_s:.0f} MB/s"
+        self._bar(done.images, images, f"{throughput}, {done.rejects} left out")
 
 
 def summarize(result: ConversionResult, elapsed_s: float) -> dict[str, str]:
     """The rows of the table that is printed at the end."""
     rows = {"images": f"{result.images:,}"}
     for treatment, images in result.treatments.items():
-        rows[f"  {treatment}"] = f"{images:,}"
+        rows[f"  {_TREATMENT_NAMES.get(treatment, treatment)}"] = f"{images:,}"
     if result.rejects:
         rows["left out"] = f"{result.rejects:,}, see {result.path.name}.rejects.jsonl"
     rows["written"] = f"{result.path}, {result.bytes / 1e6:,.1f} MB"

@@ -77,7 +77,8 @@ def _load_gpu_kernels(device: torch.device) -> Callable[..., tuple[Tensor, ...]]
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warnings.warn(
-            f"distortions take several times as long, because Triton fails here: {reason}",
+            "distortions take several times as long, "
+            f"because Triton does not work on this machine: {reason}",
             stacklevel=2,
         )
         return None

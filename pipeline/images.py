@@ -55,9 +55,9 @@ def image_size(data: Encoded) -> tuple[int, int]:
             size = image.height, image.width
     height, width = size
     if height == 0 or width == 0:
-        raise BadImage(f"its size is {width} x {height} pixels")
+        raise BadImage(f"its size is {width} x {height} pixels (it is empty)")
     if height * width > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels: more than {MAX_PIXELS:,}")
+        raise BadImage(f"{width} x {height} pixels (the limit is {MAX_PIXELS:,})")
     return height, width
 
 

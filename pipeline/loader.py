@@ -81,7 +81,7 @@ class Loader:
         if options.shuffle and len(store) < options.global_batch_size:
             raise ValueError(
                 f"{len(store)} images are fewer than one batch of {options.global_batch_size}: "
-                f"take a batch size of at most {len(store) // options.world_size}, or more images"
+                f"use a batch of {len(store)} or less (on all ranks together), or more images"
             )
         self.store = store
         self.recipe = recipe
@@ -257,7 +257,7 @@ class Loader:
             self._remember_bad(step.samples[~good])
             bad_in_a_row = 0 if last_decoded.any() else bad_in_a_row + len(last_decoded)
             if bad_in_a_row >= _BAD_IN_A_ROW:
-                raise self._too_many_bad(f"{bad_in_a_row} images in a row are bad")
+                raise self._too_many_bad(f"{bad_in_a_row} consecutive images cannot be decoded")
 
             new_step = self._plan_step(step.epoch, step.order, step.positions)
             changed = np.flatnonzero(new_step.samples != step.samples)
@@ -286,7 +286,7 @@ class Loader:
             decode(data, int(row["height"]), int(row["width"]))
         except BadImage as error:
             return str(error)
-        return "it did not decode, though it does now"
+        return "it failed once, but can be decoded now"
 
     def _too_many_bad(self, problem: str) -> ValueError:
         examples = [
@@ -294,5 +294,5 @@ class Loader:
         ]
         return ValueError(
             f"{problem}: {len(self.bad)} of {len(self.store)} cannot be decoded, "
-            f"the first: {'; '.join(examples)}"
+            f"for example: {'; '.join(examples)}"
         )

@@ -48,15 +48,16 @@ def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     raise ValueError(
         f"torch {torch.__version__} finds no GPU it can use{reason}. Its wheels for CUDA "
         f"{torch.version.cuda} need an NVIDIA driver of release 580 or newer: update the driver, "
-        "install a torch built for an older CUDA, or give the container its GPU. "
-        "`--device cpu` trains without one."
+        "install a torch built for an older CUDA, run the container with GPU access, "
+        "or use --device cpu"
     )
 
 
 def _select_gpu(name: str, local_rank: int) -> torch.device:
     if local_rank and ":" in name:
         raise ValueError(
-            f"--device {name} is one GPU for several ranks: leave it out, and each takes its own"
+            f"--device {name}: all ranks would share {name}: omit --device; "
+            "each rank then uses its own GPU"
         )
     device = torch.device(name if ":" in name else f"cuda:{local_rank}")
     count = torch.cuda.device_count()

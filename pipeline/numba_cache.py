@@ -39,7 +39,7 @@ class CachedKernel:
             if kernel is self._in_memory:
                 raise
             warnings.warn(
-                f"Numba's cache cannot be used, so that each run compiles anew: {error!r}",
+                f"Numba's cache cannot be used; kernels are recompiled in every run: {error!r}",
                 stacklevel=2,
             )
             self._kernel = self._in_memory

@@ -83,7 +83,7 @@ class Recipe:
         if isinstance(self.crop, CenterCrop) and self.crop.resize < self.size:
             raise ValueError(
                 f"resize {self.crop.resize} is below size {self.size}: "
-                "the crop would leave the image"
+                "the crop would be larger than the image"
             )
 
 

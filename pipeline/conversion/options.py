@@ -29,19 +29,20 @@ class ConversionOptions:
     seed: int = 0
     """Decides the order of the images."""
     validate: bool = True
-    """Whether to decode every image. False: only headers are read."""
+    """Whether to check the compressed data of each image. False: images that pass through are only
+    identified by their headers."""
     strict: bool = False
     """Whether the first bad image raises ValueError. False: bad images are left out."""
     threads: int | None = None
     """Threads that read, decode and encode. None: one per core that this process may use."""
 
     def __post_init__(self) -> None:
-        _check_range("shards", self.shards, 1, 99_999)
-        _check_range("images of a shard", self.shard_size, 1)
-        _check_range("the longer side", self.max_side, 1)
-        _check_range("the shorter side", self.short_side, 1)
-        _check_range("the quality", self.quality, 1, 100)
-        _check_range("threads", self.threads, 1)
+        _check_range("--shards", self.shards, 1, 99_999)
+        _check_range("--shard-size", self.shard_size, 1)
+        _check_range("--max-side", self.max_side, 1)
+        _check_range("--short-side", self.short_side, 1)
+        _check_range("--quality", self.quality, 1, 100)
+        _check_range("--threads", self.threads, 1)
 
 
 def _check_range(name: str, value: int | None, least: int, most: int | None = None) -> None:
@@ -49,4 +50,4 @@ def _check_range(name: str, value: int | None, least: int, most: int | None = No
         return
     if value < least or (most is not None and value > most):
         at_most = "" if most is None else f" and at most {most}"
-        raise ValueError(f"{name}: {value}, but it must be at least {least}{at_most}")
+        raise ValueError(f"{name} is {value}: it must be at least {least}{at_most}")

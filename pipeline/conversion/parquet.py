@@ -85,7 +85,7 @@ def _read_items(name: str, file: Path, classes: list[str]) -> Iterator[Item]:
         columns = _find_columns(name, opened.schema_arrow)
         if classes and columns.classes != classes:
             raise ValueError(
-                f"{name} names other classes than the files before it: convert it separately"
+                f"{name} has different class names than earlier files: convert it separately"
             )
         classes[:] = columns.classes
         read = [columns.image] if columns.label is None else [columns.image, columns.label]

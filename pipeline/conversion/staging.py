@@ -82,10 +82,12 @@ class LabelNumbering:
         elif isinstance(label, int | np.integer):
             number = self._check_number(int(label))
         if number is None:
-            numbers = "known numbers" if self._classes else "all of them numbers"
+            if self._classes:
+                rule = f"be class numbers from 0 to {len(self._classes) - 1}, or class names"
+            else:
+                rule = f"all be integers from 0 to {_MOST_CLASSES - 1}, or all be names"
             raise ValueError(
-                f"{image} has the label {label!r}: labels are {numbers} from 0 on, or names, "
-                f"or None"
+                f"{image} has the label {label!r}: labels must {rule}; None means no label"
             )
         return number
 
@@ -234,7 +236,7 @@ class _Copy:
             self._reject(name, image)
             return
         if not image or not fits_index(len(image)):
-            self._reject(name, "it is empty, or has 2 GiB")
+            self._reject(name, "it is empty, or 2 GiB or larger")
             return
         self._labels.append(self._numbering.number(name, label))
         encoded_name = os.fsencode(name)

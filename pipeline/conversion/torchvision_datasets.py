@@ -60,8 +60,7 @@ def _download(spec: str, name: str, split: str | None, root: Path) -> Any:
         similar = difflib.get_close_matches(name, datasets.__all__)
         examples = ", ".join(similar) or "CIFAR10, STL10 or Imagenette"
         raise ValueError(
-            f"{spec}: torchvision has no {name!r} that it can download; it has, for example, "
-            f"{examples}"
+            f"{spec}: torchvision has no downloadable data set {name!r}; try {examples}"
         )
 
     options: dict[str, Any] = {}

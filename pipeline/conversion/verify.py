@@ -62,7 +62,7 @@ def verify_store(
     path = Path(path)
     format = find_format(path)
     if format is None:
-        raise ValueError(f"{path} holds none of {', '.join(FORMATS)}")
+        raise ValueError(f"{path} contains no beton, WebDataset or TFRecord data")
     store = FORMATS[format].open(path, listing)
     problems = [f"left out: {where}: {reason}" for where, reason in store.rejects.items()]
     for number, file in enumerate(store.files):
@@ -90,15 +90,15 @@ def _compare_file(store: RecordStore, number: int, file: Path, format: str) -> I
         labels = [-1 if image.label is None else image.label for image in scanned.images]
         if places != rows[["offset", "bytes"]].tolist():
             yield (
-                f"{file} holds {len(places)} images, but its index has {len(rows)}, "
-                f"or other places of them"
+                f"{file} does not match its index: the number or offsets of its images differ "
+                f"({len(places)} images in the file, {len(rows)} in the index)"
             )
         elif labels != rows["label"].tolist():
             yield f"{file} has other labels than its index"
 
     sidecar = sidecar_path(file)
     if scanned.sidecar and sidecar.exists() and sidecar.read_text() != scanned.sidecar:
-        yield f"{sidecar} does not describe {file.name}: delete it, it is made again"
+        yield f"{sidecar} does not describe {file.name}: delete it; it will be recreated"
 
 
 def _compare_images(
@@ -145,9 +145,9 @@ def _compare_with_origin(sample: int, data: bytes, label: int, origin: _Origin) 
     image = prepare_image(origin.source, number, origin.plan)
     source_label = origin.source.labels[number]
     if image.jpeg is None:
-        return f"it was made from {name}, which is bad now: {image.reason}"
+        return f"it was made from {name}, which can no longer be decoded: {image.reason}"
     if image.checksum != google_crc32c.value(data):
-        return f"{name} gives another image now"
+        return f"{name} converts to different bytes now"
     if source_label != label:
         return f"its label is {label}, but that of {name} is {source_label}"
     return ""
@@ -160,8 +160,8 @@ def _find_origin(path: Path, store: Store, source: Source) -> tuple[_Origin | No
     left_out = _read_left_out(path, plan)
     if (source.identity, len(source)) != (plan.identity, plan.images):
         return None, [
-            f"the source holds {len(source)} images that are not the {plan.images} "
-            f"that it was made from"
+            f"the source has changed, or is another one: "
+            f"it has {len(source)} images now; {plan.images} were converted"
         ]
 
     problems: list[str] = []
@@ -169,7 +169,7 @@ def _find_origin(path: Path, store: Store, source: Source) -> tuple[_Origin | No
         classes = ", ".join(source.classes)[:200]
         problems.append(f"{path}.json names other classes than the source: {classes}")
     problems += [
-        f"{source.name(number)} was left out, but is good now"
+        f"{source.name(number)} was left out, but can be decoded now"
         for number in left_out
         if prepare_image(source, number, plan).jpeg is not None
     ]
@@ -177,8 +177,8 @@ def _find_origin(path: Path, store: Store, source: Source) -> tuple[_Origin | No
     numbers = numbers[~np.isin(numbers, left_out)]
     if len(numbers) != len(store):
         problems.append(
-            f"{path} holds {len(store)} images, but {_rejects_path(path).name} "
-            f"leaves {len(numbers)}"
+            f"{path} holds {len(store)} images, but {len(numbers)} are expected "
+            f"from the source and {_rejects_path(path).name}"
         )
         return None, problems
     return _Origin(source, plan, numbers), problems
@@ -188,14 +188,14 @@ def _read_plan(path: Path, description: dict[str, Any]) -> Plan:
     recorded = description.get("plan")
     if recorded is None:
         raise ValueError(
-            f"{path} does not say how it was made: there is no {path.name}.json of convert.py "
-            f"beside it"
+            f"{path} does not say how it was made: {path.name}.json from convert.py is missing"
         )
     try:
         return Plan(**recorded)
     except TypeError as error:
         raise ValueError(
-            f"{path.name}.json is of another version of convert.py ({error}): convert again"
+            f"{path.name}.json was written by another version of convert.py ({error}): "
+            "convert again"
         ) from error
 
 

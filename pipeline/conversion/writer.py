@@ -146,8 +146,8 @@ def _locate(source: Any) -> str:
 def _check_executor_can_write(format: str, location: str) -> None:
     if not (FORMATS[format].SHARDED and location):
         raise ValueError(
-            "a cluster writes shards, of a source that it can open itself: "
-            "choose webdataset or tfrecord"
+            "--scheduler can only write webdataset or tfrecord, "
+            "from a path or URL that all workers can read"
         )
 
 
@@ -184,7 +184,7 @@ def _check_same_conversion(
         folder.remove()
     if differences:
         raise ValueError(
-            f"{target} already exists, and was made with another plan ({differences}): "
+            f"{target} already exists, and was made with other options ({differences}): "
             f"delete it, or choose another target"
         )
 
@@ -253,7 +253,7 @@ def _open_remotely(location: str, staging: Path, identity: str) -> Source:
     source = open_source(location, no_progress, staging)
     if source.identity != identity:
         raise ValueError(
-            f"{location} is another data set on this machine: mount the same one on all machines"
+            f"{location} has different contents on this worker: mount the same data on all machines"
         )
     return source
 

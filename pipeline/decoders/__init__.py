@@ -56,8 +56,8 @@ def _open_dali(store: Store, recipe: Recipe, options: LoaderOptions, reason: str
         from .dali import DaliDecoder
     except ImportError as error:
         raise ValueError(
-            f"DALI cannot be imported: {error}. `pip install nvidia-dali-cuda130`, or choose "
-            "another decoder"
+            f"DALI cannot be imported: {error}. Install it with `uv sync` (on Linux x86-64), "
+            "or use --decoder cpu"
         ) from None
     threads = options.threads or usable_cores()
     device = torch.device(options.device)
@@ -69,7 +69,7 @@ def _open_ffcv(store: Store, recipe: Recipe, threads: int) -> Decoder:
         from .ffcv import FfcvDecoder
     except ImportError as error:
         raise ValueError(
-            f"FFCV cannot be imported: {error}. `apt-get install libopencv-dev libturbojpeg0-dev "
-            "pkg-config` and `uv sync --extra ffcv`, or choose another decoder"
+            f"FFCV cannot be imported: {error}. Install it with `apt-get install libopencv-dev "
+            "libturbojpeg0-dev pkg-config` and `uv sync --extra ffcv`, or use --decoder cpu"
         ) from None
     return FfcvDecoder(store, recipe, threads, "as requested")

@@ -64,8 +64,8 @@ class FfcvDecoder(CpuDecoder):
         image_number = list(fields).index(image_field)
         if not _reads_the_same_table(self.loader, f"f{image_number}", beton):
             raise ValueError(
-                f"{self.path} has changed, or FFCV misreads it: start again, or choose another "
-                "decoder"
+                f"{self.path}: FFCV reads other image positions than twinfeed: "
+                "the file has changed (start again), or use --decoder cpu"
             )
 
     def stream(self, plan: Iterable[tuple[Samples, Boxes]]) -> Generator[Crops, None, None]:
@@ -109,8 +109,8 @@ def _find_beton(store: Store) -> tuple[BetonStore, Samples]:
         store = store.store
     if not isinstance(store, BetonStore):
         raise ValueError(
-            "the decoder ffcv reads only betons: make one with convert.py, or choose another "
-            "decoder"
+            "the decoder ffcv reads only .beton files: create one with convert.py, "
+            "or use --decoder cpu"
         )
     return store, samples
 

@@ -209,7 +209,7 @@ def _read_tables(path: Path) -> _Tables:
         data_start = file.tell()
 
         if allocations_offset > size or (size - allocations_offset) % _ALLOCATION.itemsize:
-            raise ValueError(f"{path}: its allocation table does not end with the file: {_REMEDY}")
+            raise ValueError(f"{path}: truncated allocation table: {_REMEDY}")
         file.seek(allocations_offset)
         allocations = np.fromfile(file, _ALLOCATION)
     return _Tables(kinds, samples, allocations, data_start, allocations_offset)
@@ -224,8 +224,7 @@ def _check_header(path: Path, header: Any) -> None:
     page = int(header["page"])
     if samples == 0 or page.bit_count() != 1:
         raise ValueError(
-            f"{path}: its header claims that it holds {samples} samples in pages of {page} bytes: "
-            f"{_REMEDY}"
+            f"{path}: invalid header: {samples} samples in pages of {page} bytes: {_REMEDY}"
         )
 
 
@@ -234,8 +233,8 @@ def _check_kinds(path: Path, kinds: list[int]) -> None:
         raise ValueError(f"{path} has no field of images: write it with an RGBImageField")
     if max(kinds) >= len(_KINDS):
         raise ValueError(
-            f"{path} has a field of the unknown kind {max(kinds)}: "
-            "write it again without that field"
+            f"{path} has a field of the unknown FFCV type {max(kinds)}: "
+            "write the file again without that field"
         )
 
 
@@ -266,7 +265,7 @@ def _find_sizes(path: Path, tables: _Tables, images: NDArray[Any]) -> NDArray[np
     if not valid.all():
         first = int(np.flatnonzero(~valid)[0])
         raise ValueError(
-            f"{path}: the image of sample {first} cannot be where the tables have it: {_REMEDY}"
+            f"{path}: the image of sample {first} has an invalid offset, size or mode: {_REMEDY}"
         )
     return size
 
@@ -282,7 +281,7 @@ def _find_labels(path: Path, tables: _Tables) -> NDArray[Any]:
     if lowest < -1 or highest >= max(count, MOST_CLASSES):
         wrong = lowest if lowest < -1 else highest
         raise ValueError(
-            f"{path} has the label {wrong}: write it with the numbers of classes, or -1 for none"
+            f"{path} has the label {wrong}: labels must be class numbers from 0, or -1 for none"
         )
     return labels
 

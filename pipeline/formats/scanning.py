@@ -24,6 +24,7 @@ from .index import MOST_CLASSES, ROW, save_index, sidecar_path
 
 _HEADER_BYTES = 16_384  # enough for the size of most images
 _IMAGES_AT_A_TIME = 512  # handed to the threads
+_LABEL_RULE = f"must be an integer from -1 to {MOST_CLASSES - 1}, or printable text"
 
 Label = int | str | None  # a number or a name, as a file has it
 
@@ -161,9 +162,9 @@ def _read_sizes(
 
 def _read_size(fd: int, image: ScannedImage) -> tuple[int, int] | str:
     if not _is_valid_label(image.label):
-        return f"its label is {image.label!a:.60}"
+        return f"its label is {image.label!a:.60} ({_LABEL_RULE})"
     if image.bytes > np.iinfo(ROW["bytes"]).max:
-        return f"it has {image.bytes:,} bytes"
+        return f"it has {image.bytes:,} bytes (the limit is 2 GiB)"
     try:
         with suppress(BadImage):  # a long EXIF block or colour profile comes before the size
             return image_size(os.pread(fd, min(image.bytes, _HEADER_BYTES), image.offset))
@@ -201,5 +202,5 @@ def _write_or_check_sidecar(file: Path, text: str) -> None:
             opened.write(text.encode())
     elif sidecar.read_bytes() != text.encode():
         raise ValueError(
-            f"{sidecar} does not describe {file.name}: delete it, and it is written again"
+            f"{sidecar} does not describe {file.name}: delete it; it will be recreated"
         )

@@ -62,4 +62,7 @@ def _draw_all(folder: Path, progress: Progress) -> None:
     finally:  # after an exception the pipe is closed, and the workers stop at their next image
         statuses = [process.wait() for process in processes]
     if any(statuses):
-        raise OSError(f"{folder}: the demo data set could not be drawn; see the reason above")
+        raise OSError(
+            f"{folder}: the demo data set could not be generated: exit status "
+            f"{max(statuses, key=abs)} of a drawing process, which prints its error above"
+        )

@@ -119,5 +119,6 @@ def check_folders(root: Path, path: str, error: OSError) -> None:
             reason = "it is empty" if is_empty and folder == root else ""
         if reason:
             raise OSError(
-                f"the images in {folder} are out of reach: {reason}. Mount or restore it"
+                f"the images in {folder} cannot be read: {reason}. "
+                "Is the disk still mounted? Mount or restore it"
             ) from error

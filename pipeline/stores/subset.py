@@ -13,6 +13,7 @@ from ..philox import philox
 from .folder import FolderStore
 from .store import Store
 
+_LIST_REMEDY = "Give a text file with one image name per line"
 _STREAM = 0x7370  # keeps these random numbers apart from those of `epoch_order` and `draw`
 
 
@@ -56,7 +57,7 @@ def hold_out(store: Store, fraction: float, seed: int) -> tuple[Subset, Subset]:
     if count >= len(store):
         raise ValueError(
             f"holding out {fraction:g} of {len(store)} images leaves none to train on: "
-            "hold out fewer"
+            "use a smaller --hold-out"
         )
     order = shuffled(len(store), seed)
     training = Subset(store, np.sort(order[count:]))
@@ -82,7 +83,7 @@ def stratified_subset(store: Store, fraction: float, seed: int = 0) -> Subset:
     check_labels(store)
     if not 0 < fraction <= 1:
         raise ValueError(
-            f"a fraction of {fraction:g} of the labels: it must be above 0 and at most 1"
+            f"the fraction of labels is {fraction:g}: it must be above 0 and at most 1"
         )
     order = shuffled(len(store), seed)
     by_class = order[np.argsort(store.index["label"][order], kind="stable")]
@@ -112,8 +113,8 @@ def with_classes(store: Store, classes: Sequence[str]) -> Subset:
         example = store.name(int(np.argmax(labels == unknown[0])))
         names = first_names([store.classes[label] for label in unknown])
         raise ValueError(
-            f"{example}: the training data have no class {names}: "
-            "leave out images of classes that they lack"
+            f"{example}: the test set has classes {names} that the training set lacks: "
+            "remove them from the test set"
         )
     new_number = np.array([numbers.get(name, -1) for name in store.classes])
     renumbered = Subset(store, np.arange(len(store), dtype=np.int64))
@@ -135,8 +136,8 @@ def subset_from_list(store: Store, path: Path) -> Subset:
     folder, positions = _folder_below(store)
     if folder is None:
         raise ValueError(
-            f"{path} names files, but {store.name(0)} does not have their names: "
-            "name the folder, or give a fraction"
+            f"{path} contains file names, but {store.name(0)} is not in an image folder: "
+            "use the original folder, or a fraction such as --labels 0.1"
         )
     sample_of: dict[str, int] = {}
     ambiguous: set[str] = set()
@@ -168,12 +169,12 @@ def _read_list(path: Path) -> list[str]:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}. Name a list of images, one a line") from None
+        raise ValueError(f"{path}: {error.strerror}. {_LIST_REMEDY}") from None
     text = text.removeprefix(b"\xef\xbb\xbf")  # the byte order mark, which Windows writes
     lines = [line.strip() for line in text.splitlines()]
     names = [os.fsdecode(line).replace("/", os.sep) for line in lines if line]
     if not names:
-        raise ValueError(f"{path} names no image: it should hold a name a line")
+        raise ValueError(f"{path} is empty. {_LIST_REMEDY}")
     return list(dict.fromkeys(names))
 
 
@@ -191,12 +192,11 @@ def check_labels(store: Store) -> None:
     unlabeled = np.flatnonzero(store.index["label"] < 0)
     if len(unlabeled) == 0:
         return
-    problem = f"{store.name(int(unlabeled[0]))} has none"
+    problem = f"{store.name(int(unlabeled[0]))} has no label"
     if len(unlabeled) > 1:
-        problem += f", as {len(unlabeled):,} of {len(store):,} images"
+        problem += f" ({len(unlabeled):,} of {len(store):,} images have none)"
     raise ValueError(
-        f"labels are needed, but {problem}: "
-        "put the images into a sub-folder for each class, of two or more"
+        f"{problem}: put the images into one sub-folder per class (at least two classes)"
     )
 
 

@@ -102,7 +102,7 @@ class _TreeBuilder(ElementTree.TreeBuilder):
     """Refuses documents that define entities: a few lines of those can expand to gigabytes."""
 
     def doctype(self, *_: Any) -> NoReturn:
-        raise ValueError("it declares a document type, which no annotation needs")
+        raise ValueError("it has a DOCTYPE, which is refused")
 
 
 def _read_objects(path: Path) -> _Objects:

@@ -39,7 +39,7 @@ def test_images_that_cannot_be_evaluated_on(
 
     assert_refused(run("--train", unlabelled, "--test", unlabelled), "labels")
     assert_refused(
-        run("--train", unlabelled, "--test", labelled / "val"), "labels are needed", str(unlabelled)
+        run("--train", unlabelled, "--test", labelled / "val"), "has no label", str(unlabelled)
     )
     assert_refused(run("--train", labelled / "train"), "--test")
     assert_refused(run("--train", "nowhere"), "nowhere")
@@ -70,9 +70,9 @@ def shards(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_evaluations_need_a_label_for_every_image(
     evaluate: Command, common: list[Any], labelled: Path, shards: Path, command: list[str]
 ) -> None:
-    assert_refused(evaluate(*command, *common, "--train", shards), "labels are needed", "12 of 60")
+    assert_refused(evaluate(*command, *common, "--train", shards), "has no label", "12 of 60")
     result = evaluate(*command, *common, "--train", labelled, "--test", shards / "val")
-    assert_refused(result, "labels are needed", "6 of 30")
+    assert_refused(result, "has no label", "6 of 30")
     assert not outputs()
 
 
@@ -81,7 +81,7 @@ def test_a_vote_needs_a_label_for_every_image(
 ) -> None:
     image = labelled / "val" / "class0" / "val_000.jpg"
     options = ["--checkpoint", pretrained, "--train", shards, image, *CPU]
-    assert_refused(evaluate("predict", *options), "labels are needed", "12 of 60 images")
+    assert_refused(evaluate("predict", *options), "has no label", "12 of 60 images")
 
 
 def test_pretraining_runs_without_a_knn_test_if_a_label_is_missing(

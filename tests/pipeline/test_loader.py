@@ -93,11 +93,11 @@ def test_loader_makes_test_views(photos: Path) -> None:
         ({"batch_size": 0}, "batch size is 0: it must be at least 1"),
         (
             {"batch_size": 61},
-            "60 images are fewer than one batch of 61: take a batch size of at most 60",
+            "60 images are fewer than one batch of 61: use a batch of 60 or less",
         ),
         (
             {"batch_size": 31, "world_size": 2},
-            "60 images are fewer than one batch of 62: take a batch size of at most 30",
+            "60 images are fewer than one batch of 62: use a batch of 60 or less",
         ),
         ({"shuffle_block": 0}, "shuffle block is 0 samples: it must be at least 1"),
         ({"rank": 2, "world_size": 2}, "rank is 2: with 2 processes it must be between 0 and 1"),

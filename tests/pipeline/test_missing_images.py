@@ -46,7 +46,10 @@ def test_if_all_images_are_deleted_the_loader_gives_up_soon(
     tmp_path: Path, batch_size: int
 ) -> None:
     began = time.monotonic()
-    message = r"\d+ images in a row are bad: \d+ of 100000 .* the first: .*/class/\d+.jpg: "
+    message = (
+        r"\d+ consecutive images cannot be decoded: \d+ of 100000 .* "
+        r"for example: .*/class/\d+.jpg: "
+    )
     with pytest.raises(ValueError, match=message):
         first_batch(store_without_files(tmp_path / "photos"), batch_size)
     assert time.monotonic() - began < 10
@@ -64,7 +67,7 @@ def test_a_folder_that_is_gone_is_named(
     (tmp_path / "data" / missing).rename(tmp_path / "elsewhere")
     named = root / "class" if missing == "photos/class" else root
     with pytest.raises(
-        OSError, match=rf"the images in {named} are out of reach: No such file"
+        OSError, match=rf"the images in {named} cannot be read: No such file"
     ) as caught:
         first_batch(store, 64, decoder=decoder, shuffle=shuffle)
     # The text of a FileNotFoundError would be a number, without the remedy.
@@ -76,7 +79,7 @@ def test_an_empty_root_is_reported_as_a_disk_that_is_not_mounted(tmp_path: Path)
     store = store_without_files(tmp_path / "photos")
     for folder in ("class", "other"):
         (tmp_path / "photos" / folder).rmdir()
-    with pytest.raises(OSError, match=r"photos are out of reach: it is empty"):
+    with pytest.raises(OSError, match=r"photos cannot be read: it is empty"):
         first_batch(store, 64)
 
 
@@ -100,7 +103,7 @@ def test_an_unreadable_file_is_a_bad_image_but_an_unreadable_folder_is_an_error(
         assert store.read_batch(np.array([1])) == [b""]
         return
     monkeypatch.setattr(os, "scandir", failing)
-    message = f"the images in {root} are out of reach: {os.strerror(error_number)}"
+    message = f"the images in {root} cannot be read: {os.strerror(error_number)}"
     with pytest.raises(OSError, match=message):
         store.read_batch(np.array([1]))
 

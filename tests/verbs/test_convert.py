@@ -91,8 +91,8 @@ def test_treatments_and_rejects_are_printed(convert: Command, tmp_path: Path) ->
     assert status == 0, text
     for name, value in (
         ("images", 12),
-        ("encoded with less quality", 10),
-        ("from other formats", 1),
+        ("re-encoded at lower quality", 10),
+        ("converted to JPEG", 1),
         ("resized", 1),
         ("left out", "1, see x.beton.rejects.jsonl"),
     ):
@@ -144,8 +144,8 @@ def test_refusals_are_one_line(convert: Command, photos: Path, tmp_path: Path) -
     formats = "beton, webdataset, tfrecord"
     assert_refused(convert(photos, tmp_path / "x"), "is not known from its name", formats)
     assert_refused(convert(photos, beton, "--quality", "101"), "101", "at most 100")
-    assert_refused(convert(photos, beton, "--threads", "-3"), "threads: -3", "at least 1")
-    assert_refused(convert("verify", photos), f"holds none of {formats}")
+    assert_refused(convert(photos, beton, "--threads", "-3"), "--threads is -3", "at least 1")
+    assert_refused(convert("verify", photos), "contains no beton, WebDataset or TFRecord data")
 
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "val").mkdir()

@@ -58,7 +58,7 @@ def test_a_process_whose_images_disappear_prints_one_line(own_photos: Path, tmp_
         finally:
             process.kill()
     assert line.startswith(
-        f"error: the images in {own_photos} are out of reach: No such file or directory. "
+        f"error: the images in {own_photos} cannot be read: No such file or directory. "
     )
     assert line.endswith(
         f"step {saved_step(run)}, which is saved in {run}/checkpoint.pt: continue with --resume"

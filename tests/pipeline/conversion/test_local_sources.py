@@ -40,7 +40,7 @@ def test_folder_is_listed_without_opening_a_file(
     with pytest.raises(BadImage, match="No such file"):
         source.read(1)
     shutil.rmtree(folder)
-    with pytest.raises(OSError, match=r"the images in .*data are out of reach: No such file"):
+    with pytest.raises(OSError, match=r"the images in .*data cannot be read: No such file"):
         source.read(0)
 
 

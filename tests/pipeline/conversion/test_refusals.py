@@ -21,16 +21,16 @@ from tests.helpers.images import encoded, picture
         ({"format": "beton"}, r"y will be one file of the format beton: call it y\.beton"),
         (
             {"format": "tfrecord", "quality": 0},
-            "the quality: 0, but it must be at least 1 and at most 100",
+            "--quality is 0: it must be at least 1 and at most 100",
         ),
         (
             {"format": "tfrecord", "quality": 101},
-            "the quality: 101, but it must be at least 1 and at most 100",
+            "--quality is 101: it must be at least 1 and at most 100",
         ),
-        ({"format": "tfrecord", "max_side": 0}, "the longer side: 0"),
-        ({"format": "tfrecord", "short_side": 0}, "the shorter side: 0"),
+        ({"format": "tfrecord", "max_side": 0}, "--max-side is 0"),
+        ({"format": "tfrecord", "short_side": 0}, "--short-side is 0"),
         ({"format": "tfrecord", "shards": 0}, "shards: 0"),
-        ({"format": "tfrecord", "shard_size": 0}, "images of a shard: 0"),
+        ({"format": "tfrecord", "shard_size": 0}, "--shard-size is 0"),
         ({"format": "tfrecord", "threads": 0}, "threads: 0"),
     ],
 )
@@ -58,7 +58,7 @@ def test_target_of_other_options_is_refused(
     convert_to(photos, tmp_path, "beton")
     before = files_in(tmp_path)
     (name,) = options
-    message = rf"x\.beton already exists, and was made with another plan \({name} "
+    message = rf"x\.beton already exists, and was made with other options \({name} "
     with pytest.raises(ValueError, match=message):
         convert_to(photos, tmp_path, "beton", **options)
     assert files_in(tmp_path) == before
@@ -104,13 +104,13 @@ def test_other_images_of_the_same_names_and_sizes_are_another_conversion(
 ) -> None:
     convert_to(photos, tmp_path, "beton")
     shutil.copytree(photos, tmp_path / "copy")
-    with pytest.raises(ValueError, match=r"another plan \(source .* instead of .*copy\)"):
+    with pytest.raises(ValueError, match=r"other options \(source .* instead of .*copy\)"):
         convert_to(tmp_path / "copy", tmp_path, "beton")
 
     bitmaps = [(encoded(picture(20, 20, seed=i), "BMP"), None) for i in range(6)]
     assert convert_to(bitmaps, tmp_path, "tfrecord").new
     assert not convert_to(bitmaps, tmp_path, "tfrecord").new
-    with pytest.raises(ValueError, match=r"another plan \(identity"):
+    with pytest.raises(ValueError, match=r"other options \(identity"):
         convert_to(bitmaps[::-1], tmp_path, "tfrecord")
     assert not list(tmp_path.glob("*.partial"))
 

@@ -70,7 +70,7 @@ def test_other_labels_are_refused(scratch: Path, labels: list[Any], classes: lis
 def test_empty_images_are_left_out_and_named(scratch: Path) -> None:
     source = stage_images([(b"", 0), (JPEGS[0], 0)], [], scratch)
     assert len(source) == 1
-    assert source.rejects == {"image 0": "it is empty, or has 2 GiB"}
+    assert source.rejects == {"image 0": "it is empty, or 2 GiB or larger"}
     message = "holds no image that can be used; the first, image 0: it is empty"
     with pytest.raises(ValueError, match=message):
         stage_images([(b"", 0)], [], scratch)

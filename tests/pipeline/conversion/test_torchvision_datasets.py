@@ -134,9 +134,9 @@ def test_without_a_network_the_message_names_the_folder_for_the_files(
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("torchvision:CIFAR11", "has no 'CIFAR11' that it can download; it has, .*CIFAR10"),
-        ("torchvision:ImageFolder", "has no 'ImageFolder' that it can download"),
-        ("torchvision:", "has no '' that it can download"),
+        ("torchvision:CIFAR11", "has no downloadable data set 'CIFAR11'; try .*CIFAR10"),
+        ("torchvision:ImageFolder", "has no downloadable data set 'ImageFolder'"),
+        ("torchvision:", "has no downloadable data set ''"),
         ("torchvision:SVHN:tset", "Unknown value 'tset' for argument split"),
         ("torchvision:CIFAR10:tset", "has the splits train and test"),
     ],

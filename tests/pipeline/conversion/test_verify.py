@@ -48,13 +48,13 @@ def test_changes_of_the_source_are_found(tmp_path: Path) -> None:
     truncated.write_bytes(truncated.read_bytes()[:100])
     bad.write_bytes(encoded(picture(50, 50)))
     problems = "\n".join(verify_store(tmp_path / "x", source))
-    assert "class1/0001.jpg gives another image now" in problems
-    assert "it was made from class1/0004.jpg, which is bad now: truncated" in problems
-    assert "class0/bad.jpg was left out, but is good now" in problems
+    assert "class1/0001.jpg converts to different bytes now" in problems
+    assert "it was made from class1/0004.jpg, which can no longer be decoded: truncated" in problems
+    assert "class0/bad.jpg was left out, but can be decoded now" in problems
     assert problems.count("\n") == 2
 
     changed.unlink()
-    assert "holds 12 images that are not the 13" in verify_store(tmp_path / "x", source)[0]
+    assert "it has 12 images now; 13 were converted" in verify_store(tmp_path / "x", source)[0]
     (tmp_path / "x.json").unlink()
     with pytest.raises(ValueError, match=r"no x\.json"):
         verify_store(tmp_path / "x", source)
@@ -74,7 +74,9 @@ def test_plan_of_another_version_is_refused(photos: Path, tmp_path: Path) -> Non
     description = read_description(tmp_path / "x")
     description["plan"]["rotation"] = 90
     (tmp_path / "x.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=r"x\.json is of another version of convert\.py.*rotation"):
+    with pytest.raises(
+        ValueError, match=r"x\.json was written by another version of convert\.py.*rotation"
+    ):
         verify_store(tmp_path / "x", photos)
     with pytest.raises(ValueError, match="rotation 90 instead of None"):
         convert_to(photos, tmp_path, "webdataset")
@@ -121,7 +123,7 @@ def test_damaged_description_or_rejects_are_refused(
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    message = r"x\.beton\.json (or .* is damaged .*: restore it|is of another version)"
+    message = r"x\.beton\.json (or .* is damaged .*: restore it|was written by another version)"
     with pytest.raises(ValueError, match=message):
         verify_store(tmp_path / "x.beton", source_with_a_reject)
 

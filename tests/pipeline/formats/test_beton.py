@@ -196,36 +196,45 @@ DAMAGE: dict[str, tuple[Callable[[bytearray], bytes], str]] = {
     "no image field": (overwrite(HEADER_BYTES, "B", 1), "no field of images"),
     "a field of an unknown kind": (
         overwrite(HEADER_BYTES + FIELD_BYTES, "B", 255),
-        "unknown kind 255",
+        "unknown FFCV type 255",
     ),
     "a table in the middle": (
         overwrite(TABLE_OFFSET, "Q", 3000),
-        "does not end with|cannot be where",
+        "truncated allocation table|invalid offset, size or mode",
     ),
     "a table in the header": (overwrite(TABLE_OFFSET, "Q", 100), "too short for 12 samples"),
-    "a table after the end": (overwrite(TABLE_OFFSET, "Q", 2**63), "does not end with the file"),
-    "a table cut off": (lambda data: bytes(data[:-1]), "does not end with the file"),
+    "a table after the end": (overwrite(TABLE_OFFSET, "Q", 2**63), "truncated allocation table"),
+    "a table cut off": (lambda data: bytes(data[:-1]), "truncated allocation table"),
     "a table cut off at an entry": (
         lambda data: bytes(data[:-ALLOCATION_BYTES]),
-        "image of sample 11 cannot be where",
+        "image of sample 11 has an invalid offset, size or mode",
     ),
-    "cut in half": (lambda data: bytes(data[: len(data) // 2]), "does not end with the file"),
-    "an unknown mode": (overwrite(MODE, "B", 2), "image of sample 0 cannot be where"),
-    "raw pixels of another size": (overwrite(MODE, "B", 1), "image of sample 0 cannot be where"),
-    "no width": (overwrite(WIDTH, "H", 0), "image of sample 0 cannot be where"),
+    "cut in half": (lambda data: bytes(data[: len(data) // 2]), "truncated allocation table"),
+    "an unknown mode": (
+        overwrite(MODE, "B", 2),
+        "image of sample 0 has an invalid offset, size or mode",
+    ),
+    "raw pixels of another size": (
+        overwrite(MODE, "B", 1),
+        "image of sample 0 has an invalid offset, size or mode",
+    ),
+    "no width": (overwrite(WIDTH, "H", 0), "image of sample 0 has an invalid offset, size or mode"),
     "an address without an allocation": (
         overwrite(ADDRESS, "Q", 7777),
-        "image of sample 0 cannot be where",
+        "image of sample 0 has an invalid offset, size or mode",
     ),
     "a size beyond the data": (
         overwrite(LAST_SIZE, "Q", 100_000),
-        "image of sample 11 cannot be where",
+        "image of sample 11 has an invalid offset, size or mode",
     ),
     "a size that wraps around": (
         overwrite(LAST_SIZE, "Q", 2**64 - 8),
-        "image of sample 11 cannot be where",
+        "image of sample 11 has an invalid offset, size or mode",
     ),
-    "no size": (overwrite(LAST_SIZE, "Q", 0), "image of sample 11 cannot be where"),
+    "no size": (
+        overwrite(LAST_SIZE, "Q", 0),
+        "image of sample 11 has an invalid offset, size or mode",
+    ),
     "a label too small": (overwrite(LABEL, "q", -2), "the label -2"),
     "a label too large for int32": (overwrite(LABEL, "q", 2**31), "the label 2147483648"),
     "a label that would fill the memory": (overwrite(LABEL, "q", 2**30), "the label 1073741824"),
@@ -252,7 +261,9 @@ def test_an_image_within_the_tables_is_refused(tmp_path: Path, ours: Path) -> No
         struct.pack_into("<Q", data, ADDRESS, address)
         struct.pack_into("<Q", data, table + 8, address)
         (tmp_path / "x.beton").write_bytes(data)
-        with pytest.raises(ValueError, match="image of sample 0 cannot be where"):
+        with pytest.raises(
+            ValueError, match="image of sample 0 has an invalid offset, size or mode"
+        ):
             open_store(tmp_path / "x.beton")
 
 

@@ -295,7 +295,7 @@ def test_members_beyond_eight_gibibytes_are_found(tmp_path: Path, format: int) -
     store = open_records(file, webdataset)
     assert store.index["offset"][0] > 12 << 30
     assert images_of(store) == JPEGS[1:2]
-    assert store.rejects == {"0.jpg": f"it has {3 << 30:,} bytes"}
+    assert store.rejects == {"0.jpg": f"it has {3 << 30:,} bytes (the limit is 2 GiB)"}
 
 
 @pytest.mark.parametrize(
