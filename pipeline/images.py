@@ -57,7 +57,7 @@ def image_size(data: Encoded) -> tuple[int, int]:
     if height == 0 or width == 0:
         raise BadImage(f"its size is {width} x {height} pixels (it is empty)")
     if height * width > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels (the limit is {MAX_PIXELS:,})")
+        raise BadImage(f"{width} x {height} pixels: the limit is {MAX_PIXELS:,}")
     return height, width
 
 

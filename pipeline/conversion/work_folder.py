@@ -94,8 +94,8 @@ class WorkFolder:
             differences = describe_differences(recorded, plan)
             if differences:
                 raise ValueError(
-                    f"{self.path} holds an unfinished conversion with other options "
-                    f"({differences}): run the earlier command to finish it, or delete it"
+                    f"{self.path} holds an unfinished conversion of another source or with other "
+                    f"options ({differences}): run the earlier command to finish it, or delete it"
                 )
         self.data.mkdir(exist_ok=True)
         self._journals.mkdir(exist_ok=True)

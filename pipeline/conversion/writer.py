@@ -184,8 +184,8 @@ def _check_same_conversion(
         folder.remove()
     if differences:
         raise ValueError(
-            f"{target} already exists, and was made with other options ({differences}): "
-            f"delete it, or choose another target"
+            f"{target} already exists, and was made from another source or with other options "
+            f"({differences}): delete it, or choose another target"
         )
 
 

@@ -29,9 +29,9 @@ from tests.helpers.images import encoded, picture
         ),
         ({"format": "tfrecord", "max_side": 0}, "--max-side is 0"),
         ({"format": "tfrecord", "short_side": 0}, "--short-side is 0"),
-        ({"format": "tfrecord", "shards": 0}, "shards: 0"),
+        ({"format": "tfrecord", "shards": 0}, "--shards is 0"),
         ({"format": "tfrecord", "shard_size": 0}, "--shard-size is 0"),
-        ({"format": "tfrecord", "threads": 0}, "threads: 0"),
+        ({"format": "tfrecord", "threads": 0}, "--threads is 0"),
     ],
 )
 def test_impossible_options_are_refused_before_anything_is_written(
@@ -58,7 +58,7 @@ def test_target_of_other_options_is_refused(
     convert_to(photos, tmp_path, "beton")
     before = files_in(tmp_path)
     (name,) = options
-    message = rf"x\.beton already exists, and was made with other options \({name} "
+    message = rf"x\.beton already exists, and was made .* with other options \({name} "
     with pytest.raises(ValueError, match=message):
         convert_to(photos, tmp_path, "beton", **options)
     assert files_in(tmp_path) == before

@@ -197,7 +197,7 @@ def test_source_that_changed_since_the_kill_is_refused(tmp_path: Path, kill_at: 
     convert_until_killed(source, tmp_path, "beton", kill_at, 4)
     (source / "class0" / "new.jpg").write_bytes(encoded(picture(30, 30)))
     message = (
-        r"unfinished conversion with other options \(identity .*images 12 instead of 13\): "
+        r"unfinished conversion .* with other options \(identity .*images 12 instead of 13\): "
         r"run the earlier command to finish it, or delete it"
     )
     with pytest.raises(ValueError, match=message):

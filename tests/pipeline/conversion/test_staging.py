@@ -63,7 +63,9 @@ def test_labels_are_numbers_or_names(
     ids=str,
 )
 def test_other_labels_are_refused(scratch: Path, labels: list[Any], classes: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"image \d has the label .*: labels are .* or None"):
+    with pytest.raises(
+        ValueError, match=r"image \d has the label .*: labels must .* None means no label"
+    ):
         stage_images(zip(JPEGS, labels, strict=False), classes, scratch)
 
 

@@ -56,7 +56,7 @@ def test_changes_of_the_source_are_found(tmp_path: Path) -> None:
     changed.unlink()
     assert "it has 12 images now; 13 were converted" in verify_store(tmp_path / "x", source)[0]
     (tmp_path / "x.json").unlink()
-    with pytest.raises(ValueError, match=r"no x\.json"):
+    with pytest.raises(ValueError, match=r"x\.json from convert\.py is missing"):
         verify_store(tmp_path / "x", source)
 
 

@@ -178,7 +178,7 @@ DAMAGE: dict[str, tuple[Callable[[bytearray], bytes], str]] = {
         overwrite(VERSION_OFFSET, "H", 1),
         "not a beton of version 2, but of 1:",
     ),
-    "no samples": (overwrite(SAMPLES_OFFSET, "Q", 0), "holds 0 samples"),
+    "no samples": (overwrite(SAMPLES_OFFSET, "Q", 0), "invalid header: 0 samples"),
     "odd pages": (overwrite(PAGE_OFFSET, "I", 3 * MIB), "in pages of 3145728 bytes"),
     "no fields": (overwrite(FIELDS_OFFSET, "H", 0), "no field of images"),
     "more fields than bytes": (

@@ -108,7 +108,7 @@ def test_labels_are_renumbered_by_name(tmp_path: Path) -> None:
 
 def test_classes_that_training_lacks_are_named_with_an_image(tmp_path: Path) -> None:
     store = make_folder(tmp_path, *(f"class{i}/{i}.jpg" for i in range(9)))
-    message = r"class2/2\.jpg: .* no class class2, class3, class5 and 3 more"
+    message = r"class2/2\.jpg: .* has classes class2, class3, class5 and 3 more"
     with pytest.raises(ValueError, match=message):
         with_classes(store, ["class0", "class1", "class4"])
 
