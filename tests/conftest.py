@@ -37,6 +37,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def usual_torch_threads() -> int | None:
+    """The number of threads that torch uses; None if no test imports torch."""
+    torch = sys.modules.get("torch")
+    return None if torch is None else torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def restore_torch_threads(usual_torch_threads: int | None) -> Iterator[None]:
+    """Undo what a test does to torch's threads: FFCV sets their number, which affects rounding."""
+    yield
+    if usual_torch_threads is not None:
+        sys.modules["torch"].set_num_threads(usual_torch_threads)
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 60 JPEGs of different sizes in three classes."""
@@ -82,13 +97,9 @@ def common(pretrained: Path, labelled: Path) -> list[Any]:
 
 @pytest.fixture
 def ffcv() -> Iterator[Any]:
-    """The library FFCV. What its loaders change in torch's threads is undone."""
-    import torch
-
-    threads = torch.get_num_threads()
+    """The library FFCV."""
     yield import_or_skip("ffcv")
     gc.collect()  # its loaders are reference cycles; warnings about them must come in this test
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -90,8 +90,9 @@ def test_ranks_resume_from_the_same_bits_and_weights_are_sent_only_if_one_cannot
     assert not errors(text) + tracebacks(text), text
     assert logged_steps(run) == list(range(10))
 
-    ranks = re.findall(r"^rank (\d): weights (\w+), received (\d+) bytes$", text, re.MULTILINE)
-    assert sorted(rank for rank, _, _ in ranks) == ["0", "1"]
+    # The lines of two ranks may be mixed, so this does not look at where they end.
+    ranks = re.findall(r"rank (\d): weights (\w+), received (\d+) bytes", text)
+    assert sorted(rank for rank, _, _ in ranks) == ["0", "1"], text
     assert [digest for _, digest, _ in ranks] == [saved, saved]
     weights_bytes = 4 * 180_000
     assert [int(size) > weights_bytes for _, _, size in ranks] == [not shared, not shared]
