@@ -281,7 +281,7 @@ def predict(command: PredictCommand, console: Console) -> None:
         ]
         print(json.dumps(records, indent=2))
     else:
-        console.print(f"by {classifier.method}:")
+        console.print(f"Predicted by {classifier.method}:")
         print_predictions(images, predictions, console)
 
 

@@ -1,6 +1,6 @@
 """Pretrain a ResNet with Barlow Twins, and test what it has learned.
 
-uv run train.py                                  the embedded data set, on any machine
+uv run train.py                                  generated demo images, on any machine
 uv run train.py --data photos                    your own images
 uv run train.py imagenet-1000e --data imagenet   a published run
 uv run torchrun --nproc-per-node 8 train.py ...  the same on eight GPUs

@@ -68,7 +68,7 @@ def measure(options: BenchOptions, ranks: RankGroup, console: Console) -> Record
         benchmark = StageBenchmark(stages, conditions, sample, ranks, repeats, bar)
         results = benchmark.run()
     bad = {settings.store.name(i): reason for i, reason in stages.loader.bad.items()}
-    console.print_rejects("replaced, since it does not decode:", bad)
+    console.print_rejects("replaced", bad)
 
     peers: list[PeerResult] = []
     if options.peers and ranks.world_size == 1:

@@ -152,7 +152,7 @@ class Classifier:
         if self._network.is_demo_run:
             return find_demo_splits(self._network.console)[0]
         if self._head:
-            raise ValueError("name the images to find neighbours among with --train")
+            raise ValueError("--neighbours needs --train: the images to search")
         raise ValueError(
             f"{self._network.checkpoint} has no classifier: name labelled images with --train for "
             "a kNN vote, or train a classifier with evaluate.py linear"

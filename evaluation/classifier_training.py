@@ -80,7 +80,7 @@ def train_classifiers(
         heads = train_heads(
             network.backbone, len(train.classes), training.sgd, progress.batches, options
         )
-    network.print_bad_images(loader, "replaced, since it does not decode:")
+    network.print_bad_images(loader, "replaced")
     return heads
 
 

@@ -39,13 +39,15 @@ class NetworkConfig:
     """The network to evaluate."""
 
     checkpoint: Path = DEMO_RUN
-    """Folder of a run, or a file of weights: ours, the authors', mmpretrain's, solo-learn's,
-    lightly's, VISSL's, timm's or torchvision's, as a torch or safetensors file.
+    """Folder of a run, or a file of weights, as a torch or safetensors file.
+    It may be twinfeed's, the Barlow Twins authors', mmpretrain's, solo-learn's, lightly's, VISSL's,
+    timm's or torchvision's.
     The layout is detected. Code in the file is not run."""
-    size: int | None = None
+    size: Annotated[int | None, experiment.DEFAULT_IN_HELP] = None
     """Height and width of a view, in pixels [default: as in the checkpoint, else 224]."""
-    output: Path | None = None
-    """Folder for the results [default: the run's own folder, or runs/NAME OF THE FILE]."""
+    output: Annotated[Path | None, experiment.DEFAULT_IN_HELP] = None
+    """Folder for the files that the command writes.
+    [default: the run's own folder, or runs/CHECKPOINT_STEM]"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -64,16 +66,17 @@ class NetworkConfig:
 class ImagesConfig:
     """The labelled images to evaluate on."""
 
-    train: Path | None = None
+    train: Annotated[Path | None, experiment.DEFAULT_IN_HELP] = None
     """Training set, in any format that train.py reads.
     If it contains train and val (or test), both are used.
     [default: the demo data set]"""
-    test: Path | None = None
-    """Test set; its classes must be classes of --train, by name."""
+    test: Annotated[Path | None, experiment.DEFAULT_IN_HELP] = None
+    """Test set. Its class names must all occur in --train.
+    [default: the val or test folder beside the training images]"""
     decoder: experiment.DecoderName = "auto"
     """auto: DALI on a GPU, else cpu."""
-    threads: int | None = None
-    """Number of decoding threads [default: one a core]."""
+    threads: Annotated[int | None, experiment.DEFAULT_IN_HELP] = None
+    """Number of decoding threads [default: one per core]."""
     seed: int = 0
     """Seed of crops, order and random subsets."""
 
@@ -102,32 +105,40 @@ class KnnCommand:
 
 @dataclass(frozen=True)
 class LinearCommand:
-    """Train a linear classifier on frozen features. Published on ImageNet: 73.2 / 91.0."""
+    """Train a linear classifier on frozen features.
+
+    Published on ImageNet: top-1 73.2, top-5 91.0.
+    """
 
     network: NetworkConfig
     images: ImagesConfig
-    preset: Literal["imagenet", "mmpretrain", "places205", "inat18", "demo"] | None = None
+    preset: Annotated[
+        Literal["imagenet", "mmpretrain", "places205", "inat18", "demo"] | None,
+        experiment.DEFAULT_IN_HELP,
+    ] = None
     """imagenet: the paper's protocol on ImageNet.
-    mmpretrain: the same, compared with mmpretrain's result.
+    mmpretrain: the same settings; the result is shown beside mmpretrain's.
     places205, inat18: the paper's transfer to Places-205 and iNaturalist 2018.
     demo: as imagenet, for ten epochs.
     [default: demo for the demo data set, else imagenet]"""
-    epochs: int | None = None
-    """[default: 100; 14 for places205, 84 for inat18]"""
+    epochs: Annotated[int | None, experiment.DEFAULT_IN_HELP] = None
+    """Number of passes over the training set [default: 100; 14 for places205, 84 for inat18]."""
     batch_size: int = 256
-    lr: tuple[float, ...] = ()
+    """Images per step."""
+    lr: Annotated[tuple[float, ...], experiment.DEFAULT_IN_HELP] = ()
     """Learning rate; multiplied by batch size / 256 for places205 and inat18.
     Several values train several classifiers at once.
     [default: 0.3; 0.01 for places205 and inat18]"""
-    weight_decay: tuple[float, ...] = ()
+    weight_decay: Annotated[tuple[float, ...], experiment.DEFAULT_IN_HELP] = ()
     """Weight decay; several values train several classifiers at once.
     [default: 1e-6; 5e-4 for places205 and inat18]"""
-    milestones: tuple[int, ...] | None = None
+    milestones: Annotated[tuple[int, ...] | None, experiment.DEFAULT_IN_HELP] = None
     """Epochs after which the learning rate falls to a tenth.
-    VISSL uses 4 8 12 for places205 and 24 48 72 for inat18."""
+    VISSL uses 4 8 12 for places205 and 24 48 72 for inat18.
+    [default: 5 9 for places205, 28 56 for inat18, else none: a cosine schedule]"""
     sweep: bool = False
     """Train twelve classifiers at once: four learning rates with three weight decays each.
-    --lr and --weight-decay replace these values."""
+    Values given with --lr or --weight-decay are used instead."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the frozen network; the classifier is float32.
     On a GPU, float32 matrix products use TF32."""
@@ -153,7 +164,7 @@ class LinearCommand:
             "--milestones",
             milestones,
             all(epoch >= 1 for epoch in milestones),
-            "epochs, counted from 1",
+            "epoch numbers, 1 or more",
         )
         _check_at_least_one("--epochs", self.protocol.epochs)
         _check_at_least_one("--batch-size", self.batch_size)
@@ -202,25 +213,28 @@ class LinearCommand:
 
 @dataclass(frozen=True)
 class SemisupCommand:
-    """Fine-tune on few labels. Published on ImageNet: 1% 55.0 / 79.2, 10% 69.7 / 89.3."""
+    """Fine-tune on few labels.
+
+    Published on ImageNet: top-1 55.0, top-5 79.2 with 1%; 69.7, 89.3 with 10%.
+    """
 
     network: NetworkConfig
     images: ImagesConfig
     labels: str = "0.1"
-    """Fraction of each class of --train that is labelled, chosen by --seed.
-    Or a file like SimCLR's lists, with the name of a labelled image on each line."""
-    preset: Literal["paper", "authors", "demo"] | None = None
+    """Fraction of the labels to use per class (random, by --seed).
+    Or a text file with one image name per line, such as SimCLR's 1percent.txt."""
+    preset: Annotated[Literal["paper", "authors", "demo"] | None, experiment.DEFAULT_IN_HELP] = None
     """paper: the paper's learning rates, which fall to a fifth after epochs 12 and 16.
     authors: those of the authors' code, which follow a cosine.
     demo: as paper, in batches of 32.
     [default: demo for the demo data set, else paper]"""
-    epochs: int | None = None
-    """[default: 20]"""
-    batch_size: int | None = None
-    """[default: 256]"""
-    lr: float | None = None
+    epochs: Annotated[int | None, experiment.DEFAULT_IN_HELP] = None
+    """Number of passes over the labelled images [default: 20]."""
+    batch_size: Annotated[int | None, experiment.DEFAULT_IN_HELP] = None
+    """Images per step [default: 256; 32 for demo]."""
+    lr: Annotated[float | None, experiment.DEFAULT_IN_HELP] = None
     """Learning rate of the classifier [default: 0.5]."""
-    backbone_lr: float | None = None
+    backbone_lr: Annotated[float | None, experiment.DEFAULT_IN_HELP] = None
     """Learning rate of the backbone [default: 0.002; 0.005 for authors]."""
     resume: bool = False
     """Resume an interrupted training after its last finished epoch."""
@@ -263,12 +277,13 @@ class SvmCommand:
     """Train a linear SVM for each class of VOC2007 on frozen features. Published: 86.2 mAP."""
 
     network: NetworkConfig
-    voc07: Path | None = None
-    """Folder that contains VOCdevkit, the development kit [default: one made of demo images]."""
+    voc07: Annotated[Path | None, experiment.DEFAULT_IN_HELP] = None
+    """Folder that contains VOCdevkit, the development kit.
+    [default: a small VOC-like set generated from demo images]"""
     decoder: experiment.DecoderName = "auto"
     """auto: DALI on a GPU, else cpu."""
-    threads: int | None = None
-    """Number of decoding threads, and of processes that fit SVMs [default: one a core]."""
+    threads: Annotated[int | None, experiment.DEFAULT_IN_HELP] = None
+    """Number of decoding threads, and of processes that fit SVMs [default: one per core]."""
 
     def check(self) -> None:
         """Raise ValueError for an option that is out of range."""
@@ -280,11 +295,13 @@ class SvmCommand:
 class PredictCommand:
     """Print the class of each image, by the checkpoint's classifier or by a kNN vote."""
 
-    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE")] = ()
+    images: Annotated[
+        Positional[tuple[Path, ...]], arg(metavar="IMAGE", help_behavior_hint="")
+    ] = ()
     """Images [default: a few test images of the demo data set]."""
     network: NetworkConfig = NetworkConfig()
-    train: Path | None = None
-    """Labelled images, the bank of the kNN vote, if the checkpoint has no classifier.
+    train: Annotated[Path | None, experiment.DEFAULT_IN_HELP] = None
+    """Labelled images for the kNN vote, used if the checkpoint has no classifier.
     --neighbours shows the nearest of these images. At most 50,000 of them are used.
     [default for the demo run: the demo data set]"""
     neighbours: bool = False
@@ -312,6 +329,7 @@ class ExportCommand:
     to: Literal[
         "torchvision", "timm", "mmpretrain", "solo-learn", "lightly", "detectron2", "safetensors"
     ] = "torchvision"
+    """Layout of the weights: the names of the tensors and the format of the file."""
 
     def check(self) -> None:
         """Raise ValueError for an option that is out of range."""

@@ -34,8 +34,8 @@ def compare(runs: Sequence[Path], console: experiment.Console) -> None:
             evaluations.append(f"{column}: {record['evaluation']}")
     for source, evaluations in differing.items():
         console.print(
-            f"The set-up differs from that of {source}: {', '.join(evaluations)}; the JSON files "
-            "list the differences"
+            f"These results use other settings than {source}: {', '.join(evaluations)}. "
+            'See "differs" in the JSON files.'
         )
 
 

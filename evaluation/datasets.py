@@ -82,7 +82,7 @@ def find_demo_splits(console: experiment.Console) -> tuple[Path, Path]:
     """The folders of the demo data set's training and test images, drawn on first use."""
     from .sibling_packages import pipeline
 
-    with console.progress_bar("drawing the demo data set, once") as bar:
+    with console.progress_bar("generating demo images (only the first time)") as bar:
         folder = pipeline.demo_folder(pipeline.cache_folder(), bar)
     train, test = pipeline.find_splits(folder)
     assert test is not None
@@ -102,6 +102,6 @@ def find_devkit(voc07: Path | None, console: experiment.Console) -> Path:
 
     if voc07 is not None:
         return voc07
-    with console.progress_bar("drawing a development kit, once") as bar:
+    with console.progress_bar("generating VOC-like demo images (only the first time)") as bar:
         demo = find_demo_splits(console)[0].parent
         return pipeline.demo_devkit(pipeline.cache_folder(), demo, bar)

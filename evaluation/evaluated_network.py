@@ -58,7 +58,7 @@ class EvaluatedNetwork:
             config: The checkpoint, the device, the size of a view and the folder for results.
             console: Where everything about this network is printed.
             decoder: Decoder of the images; see `pipeline.LoaderOptions`.
-            threads: Number of decoding threads; None: one a core.
+            threads: Number of decoding threads; None: one per core.
             writes_results: Whether the folder for results has to be writable.
 
         Raises:
@@ -206,7 +206,7 @@ class EvaluatedNetwork:
 
 
 def _results_folder(config: NetworkConfig) -> Path:
-    """--output if it is given, else the folder of the run, else runs/NAME OF THE FILE."""
+    """--output if it is given, else the folder of the run, else runs/CHECKPOINT_STEM."""
     if config.output is not None:
         return config.output
     checkpoint = config.checkpoint

@@ -38,10 +38,10 @@ def open_stores(
     train_path, test_path = _find_splits(preset, config.data, console)
     train = open_store(train_path, console)
     if not _has_labels(train):
-        problem = "no labels (or images beside class folders)"
+        problem = "no labels (there are no class folders, or images lie beside them)"
         if train.classes:
             problem = "images without labels"
-        console.print(f"{train_path} has {problem}: no kNN test, which needs labels")
+        console.print(f"no kNN test: {train_path} has {problem}")
         return train, None
 
     if test_path is not None:

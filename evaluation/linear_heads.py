@@ -190,7 +190,7 @@ class _HeadTrainer:
             rates = " and ".join(f"{rate:g}" for rate in self._initial_rates)
             raise FloatingPointError(
                 f"the loss is {mean_losses[0]} in epoch {epoch + 1}, with a learning rate of "
-                f"{rates}: a lower one may help"
+                f"{rates}: try a lower --lr"
             )
         return mean_losses
 

@@ -53,7 +53,7 @@ def print_predictions(
         )
         for neighbour in prediction.get("neighbours", ()):
             table.add_row(
-                Text(f"  like {experiment.printable(neighbour['image'])}"),
+                Text(f"  neighbour {experiment.printable(neighbour['image'])}"),
                 Text(neighbour["pred_class"] or ""),
                 f"{neighbour['similarity']:.3f}",
             )

@@ -66,7 +66,7 @@ def save_result(result: EvaluationResult, command: Command, network: EvaluatedNe
     console.rich.print(results_table([(result.name, record)]))
     if published is not None and record["differs"]:
         console.print(
-            f"The set-up differs from the published one ({published.source}): "
+            f"The settings differ from the published ones ({published.source}): "
             f"{'; '.join(record['differs'])}"
         )
     console.print(f"written to {experiment.printable(str(path))}")
@@ -77,7 +77,7 @@ def differences(setup: dict[str, Any], published: Published | None) -> list[str]
     if published is None:
         return []
     return [
-        f"{name} {_format_value(setup.get(name))}, not {_format_value(value)}"
+        f"{name}: {_format_value(setup.get(name))} (published: {_format_value(value)})"
         for name, value in published.setup.items()
         if setup.get(name) != value
     ]

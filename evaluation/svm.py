@@ -216,11 +216,11 @@ def _check_images_per_class(
     for name, train, test in zip(classes, train_targets.T, test_targets.T, strict=True):
         positives = int((train == 1).sum())
         negatives = len(train) - positives
-        for count, relation in ((positives, "with"), (negatives, "without")):
+        for count, verb in ((positives, "show"), (negatives, "do not show")):
             if count < _FOLDS:
                 raise ValueError(
-                    f"{count} training images are {relation} {name}: cross-validation in {_FOLDS} "
-                    f"folds needs at least {_FOLDS}, add some"
+                    f"only {count} training images {verb} {name}: {_FOLDS}-fold cross-validation "
+                    f"needs at least {_FOLDS}, so add some"
                 )
         if not (test == 1).any():
             raise ValueError(

@@ -11,13 +11,14 @@ from .config import DataConfig, ModelConfig, OptimConfig, Pretrain, RunConfig
 from .console import Console, ProgressBar, counted, printable
 from .entry_point import explain, is_rank0, run_command, set_thread_environment
 from .metrics import Metrics
-from .options import DecoderName, check_option
+from .options import DEFAULT_IN_HELP, DecoderName, check_option
 from .presets import PRESETS
 from .provenance import environment
 from .signals import INTERRUPTED, PREEMPTED, stop_signals
 from .throughput import ThroughputMeter
 
 __all__ = [
+    "DEFAULT_IN_HELP",
     "INTERRUPTED",
     "PREEMPTED",
     "PRESETS",

@@ -13,24 +13,24 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .options import DecoderName, check_option
+from .options import DEFAULT_IN_HELP, DecoderName, check_option
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The images and the distortions of the two views, a and b."""
 
-    data: Path | None = None
-    """Folder of images, a .beton file, or folder of .tar or .tfrecord files.
-    Sub-folders of images are classes; `train` with `val` or `test` in the folder are splits.
-    The demo preset makes its own images if this is not given."""
+    data: Annotated[Path | None, DEFAULT_IN_HELP] = None
+    """A folder of images, a .beton file, or a folder of .tar or .tfrecord files.
+    Sub-folders named train and val (or test) are used as splits; sub-folders of images are classes.
+    [default: generated demo images for the demo preset; the others need --data]"""
     demo_data: tyro.conf.Suppress[bool] = False
-    """Use the embedded demo images if `data` is None. Not a command-line option."""
+    """Use the generated demo images if `data` is None. Not a command-line option."""
     hold_out: float = 0.1
     """Fraction of the labelled images held out for the kNN test if there is no test split."""
-    shuffle_block: int | None = None
+    shuffle_block: Annotated[int | None, DEFAULT_IN_HELP] = None
     """Shuffle blocks of this many contiguous images, and mix 16 blocks at a time.
-    For records that are larger than memory or on a hard disk; `python -m bench` suggests a size.
+    For record files larger than memory or on a hard disk; `python -m bench` suggests a size.
     [default: shuffle single images]"""
     size: int = 224
     """Height and width of a view, in pixels."""
@@ -59,7 +59,8 @@ class ModelConfig:
     lambd: float = 0.0051
     """Weight of the redundancy reduction term, lambda in the paper."""
     loss_scale: float = 1.0
-    """Factor on the loss. It only affects parameters that LARS does not adapt, and weight decay."""
+    """Multiplies the loss. LARS cancels it for weights.
+    It changes only biases, batch norm and the effect of weight decay."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ class OptimConfig:
     batch_size: int = 2048
     """Images in each step, on all GPUs together."""
     lr: float = 0.2
-    """Peak learning rate of the weights per 256 images: multiplied by batch size / 256."""
+    """Peak learning rate of the weights for a batch of 256; scaled by batch size / 256."""
     lr_biases: float = 0.0048 / 32
-    """Peak learning rate of biases and batch norm per 256 images.
-    The default is the paper's 0.0048 divided by its 32 GPUs (docs/method.md)."""
+    """Peak learning rate of biases and batch norm for a batch of 256; scaled as --lr is.
+    In imagenet-1000e it is the paper's 0.0048 divided by its 32 GPUs (docs/method.md)."""
     weight_decay: float = 1e-6
     """Weight decay of the weights; biases and batch norm have none."""
     momentum: float = 0.9
@@ -94,10 +95,14 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """Where and how the run is executed.
-    The seed decides what is learned. The device, decoder, precision, compile, deterministic and
-    recompute options can change rounding, and with it the weights."""
+    The result depends on the seed.
+    Device, decoder, precision, compilation and number of cores change only rounding, which still
+    changes the weights slightly."""
 
-    run: Annotated[Path | None, tyro.conf.arg(name="run-folder", aliases=["--run"])] = None
+    run: Annotated[
+        Path | None,
+        tyro.conf.arg(name="run-folder", aliases=["--run"], help_behavior_hint=""),
+    ] = None
     """Folder for the files of the run [default: runs/PRESET].
     An earlier run in that folder is renamed to FOLDER.1, FOLDER.2, ..."""
     resume: bool = False
@@ -105,7 +110,7 @@ class RunConfig:
     resume_if_saved: bool = False
     """Resume if the folder has a checkpoint, otherwise start a new run.
     For jobs that a scheduler restarts."""
-    continue_from: Path | None = None
+    continue_from: Annotated[Path | None, DEFAULT_IN_HELP] = None
     """Start a new run from another project's pretraining checkpoint.
     The authors' checkpoint.pth also provides the epoch and the momentum buffers."""
     accept_changes: bool = False
@@ -120,34 +125,34 @@ class RunConfig:
     """auto: dali on a GPU, otherwise cpu.
     ffcv: FFCV's loader, for .beton files. torchvision: the old name of cpu."""
     hw_decoder_load: float = 0.65
-    """Fraction of the images that DALI gives to the GPU's JPEG engine, if it has one.
-    DALI's own default is 0.65."""
-    threads: int | None = None
+    """Fraction of the images that DALI gives to the GPU's hardware JPEG decoder, if it has one."""
+    threads: Annotated[int | None, DEFAULT_IN_HELP] = None
     """Decoding threads of each process.
     [default: the CPU cores divided by the number of processes on the machine]"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the network. The loss is always computed in float32.
     auto: bfloat16 (or float16) on a GPU, float32 on a CPU.
-    float32 uses TF32 for matrix products on a GPU."""
+    float32: float32 with TF32 matrix products on a GPU, as with
+    torch.set_float32_matmul_precision('high')."""
     compile: Literal[
         "auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
     ] = "auto"
     """Mode of torch.compile.
-    auto: default on a GPU, off on a CPU, where compilation takes a minute."""
+    auto: mode 'default' on a GPU; off on a CPU, where compiling takes about a minute."""
     deterministic: bool = False
-    """Make runs on a GPU reproducible to the bit; slower. Runs on a CPU always are."""
+    """Make runs on a GPU reproducible to the bit; slower. CPU runs are always reproducible."""
     recompute: bool = False
-    """Recompute the backbone's activations in the backward pass.
-    This keeps a quarter of them in memory, for a third more computation."""
+    """Activation checkpointing in the backbone.
+    It keeps about a quarter of the activations, for about a third more computation."""
     checkpoint_minutes: float = 10.0
     """Minutes between two checkpoints."""
     keep_checkpoints: int = 3
     """Number of recent checkpoints to keep."""
-    milestone_epochs: int | None = None
-    """Epochs between two checkpoints that are never deleted [default: none]."""
+    milestone_epochs: Annotated[int | None, DEFAULT_IN_HELP] = None
+    """Keep one checkpoint permanently every this many epochs [default: none]."""
     log_steps: int = 10
     """Steps between two lines of metrics.jsonl."""
-    eval_epochs: int | None = None
+    eval_epochs: Annotated[int | None, DEFAULT_IN_HELP] = None
     """Epochs between two evaluations on held-out images by kNN and a linear probe.
     [default: one kNN test at the end]"""
 
@@ -193,8 +198,18 @@ def _check_data(data: DataConfig) -> None:
     check_option("--hold-out", data.hold_out, 0 < data.hold_out < 1, "between 0 and 1")
     _check_count("--shuffle-block", data.shuffle_block)
     check_option("--size", data.size, data.size >= 1, "at least 1 pixel")
-    check_option("--crop-area", data.crop_area, 0 < smallest <= largest <= 1, "a range in (0, 1]")
-    check_option("--blur-sigma", data.blur_sigma, 0 < weakest <= strongest, "a range above 0")
+    check_option(
+        "--crop-area",
+        data.crop_area,
+        0 < smallest <= largest <= 1,
+        "two numbers in (0, 1], the smaller one first",
+    )
+    check_option(
+        "--blur-sigma",
+        data.blur_sigma,
+        0 < weakest <= strongest,
+        "two numbers above 0, the smaller one first",
+    )
     _check_probabilities("--blur-p", data.blur_p)
     _check_probabilities("--solarize-p", data.solarize_p)
 
@@ -256,4 +271,4 @@ def _check_learning_rate(option: str, value: float) -> None:
 
 def _check_probabilities(option: str, values: tuple[float, float]) -> None:
     valid = all(0 <= p <= 1 for p in values)
-    check_option(option, values, valid, "two probabilities, from 0 to 1")
+    check_option(option, values, valid, "two numbers from 0 to 1")

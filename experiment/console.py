@@ -82,7 +82,7 @@ class Console:
         Each rank finds its own bad images, so this is printed even where the console is quiet.
 
         Args:
-            what: What became of them, for example "left out".
+            what: What was done with them: "left out" or "replaced".
             rejects: The reason for each name.
             printed: How many of `rejects`, the first ones, have been printed before.
         """
@@ -91,7 +91,7 @@ class Console:
         for name, reason in new[:_MOST_REJECTS]:
             self.print(f"{what} {printable(name)}: {reason}")
         if len(new) > _MOST_REJECTS:
-            self.print(f"{what} {len(new) - _MOST_REJECTS} more")
+            self.print(f"and {len(new) - _MOST_REJECTS} more")
         self.quiet = quiet
         return len(rejects)
 

@@ -74,7 +74,10 @@ def explain(error: Exception) -> str:
     """
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
-        text = f"out of memory: {text or 'on the host'}; free some, or use a smaller --batch-size"
+        text = (
+            f"out of memory: {text or 'on the host'}; free some, or use options that need less "
+            "(a smaller --batch-size, if the command has it)"
+        )
     elif not isinstance(error, _USER_ERRORS):
         text = f"{type(error).__name__}: {text} (TWINFEED_TRACEBACK=1 shows where)"
     notes = getattr(error, "__notes__", ())

@@ -70,7 +70,7 @@ def _check_loss(run: RunRecord) -> Finding:
     losses = run.values("loss")
     if len(losses) < 5 or losses[0] <= 0:
         return Finding(
-            Severity.NOTE, "Too early to judge", f"Values of the loss so far: {len(losses)}."
+            Severity.NOTE, "Too early to judge", f"Only {len(losses)} loss values logged so far."
         )
 
     first, lowest = losses[0], min(losses)
@@ -80,7 +80,8 @@ def _check_loss(run: RunRecord) -> Finding:
         return Finding(
             Severity.WARN,
             "The loss has not fallen",
-            f"{change}. Try {_LOWER_RATE}, and check that the views below still show one thing.",
+            f"{change}. Try {_LOWER_RATE}, and check that both views of an image still show the "
+            "same object.",
         )
     if recent > 1.5 * lowest:
         return Finding(
@@ -117,7 +118,10 @@ def _check_correlation(run: RunRecord) -> Finding | None:
     batch_size = run.setting("batch_size")
     chance = ""
     if batch_size:
-        chance = f"; {batch_size**-0.5:.2g} is chance in a batch of {batch_size:.0f}"
+        chance = (
+            f"; {batch_size**-0.5:.2g} is expected for independent dimensions in a batch of "
+            f"{batch_size:.0f}"
+        )
     text = (
         f"The mean of the diagonal of C is {diagonal:.2f} (goal 1), the RMS of the other elements "
         f"{off_diagonal:.2g} (goal 0{chance})."
@@ -162,7 +166,7 @@ def _check_features(run: RunRecord) -> Finding | None:
         return Finding(
             Severity.WARN,
             "The features are getting less diverse",
-            f"They may be about to collapse ({text}): a lower --lr prevents that.",
+            f"They may be about to collapse ({text}): a lower --lr may prevent that.",
         )
     if severities:
         return Finding(
@@ -246,7 +250,7 @@ def _check_bad_images(run: RunRecord) -> Finding | None:
     severity = Severity.WARN if bad > 0.01 * (images or 0) else Severity.NOTE
     return Finding(
         severity,
-        "Images do not decode",
+        "Images cannot be decoded",
         f"{share} images were replaced by others. Their names are in the output of train.py.",
     )
 

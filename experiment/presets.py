@@ -19,7 +19,7 @@ from .entry_point import is_rank0
 
 
 def demo() -> Pretrain:
-    """A narrow ResNet-18 on 48-pixel views of the embedded images: a few minutes on any machine."""
+    """A narrow ResNet-18 on 48-pixel views of generated demo images; a few minutes anywhere."""
     # The paper's blur, relative to the size of a view.
     blur_sigma = (0.1 * 48 / 224, 2.0 * 48 / 224)
     return Pretrain(
@@ -93,7 +93,7 @@ def cifar10_1000e() -> Pretrain:
     Published: top-1 92.10 online.
 
     train.py cifar10-1000e --data CIFAR10, a folder of its images with train/ and test/ in it.
-    solo-learn pads its first convolution by 2 pixels, this stem by 1, as other projects do.
+    The first convolution is padded by 1 pixel; solo-learn uses 2.
     """
     return Pretrain(
         data=DataConfig(size=32, blur_p=(0.0, 0.0)),

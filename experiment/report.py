@@ -16,7 +16,7 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -65,7 +65,7 @@ _TILES = [
     Tile("kNN top-1", "knn_top1", 0.01, "%"),
     Tile("linear probe top-1", "probe_top1", 0.01, "%"),
     Tile("images/s", "images_per_s"),
-    Tile("data wait", "data_wait_fraction", 1.0, "%"),
+    Tile("waiting for data", "data_wait_fraction", 1.0, "%"),
 ]
 
 
@@ -80,8 +80,8 @@ def main(console: Console) -> int:
     return 0
 
 
-def write_report(run: Path) -> Path:
-    """Write RUN/report.html, the page about the run in a folder, and return its path.
+def write_report(run: Annotated[Path, tyro.conf.arg(metavar="RUN")]) -> Path:
+    """Write RUN/report.html, a report about the run, and print its path.
 
     Raises:
         ValueError: `run` is not the folder of a run.
@@ -169,7 +169,7 @@ def _curves(run: RunRecord) -> str:
     charts = "".join([*_learning_charts(run), *_feature_charts(run), *_speed_charts(run)])
     if not charts:
         return ""
-    help_text = "Over the steps. Point at a curve to read its values."
+    help_text = "x axis: step. Point at a curve to read its values."
     return f'<p>{help_text}</p><div class="charts">{charts}</div>'
 
 
@@ -225,8 +225,8 @@ def _speed_charts(run: RunRecord) -> Iterator[str]:
     )
     yield draw_chart("Speed", "of training", {"images/s": run.points("images_per_s")})
     yield draw_chart(
-        "Data wait",
-        f"as a share of the time; a problem above {STARVED:.0%}",
+        "Waiting for data",
+        f"fraction of time spent waiting; above {STARVED:.0%} is too much",
         {"waiting": run.points("data_wait_fraction")},
         unit="%",
         reach=STARVED,

@@ -104,11 +104,11 @@ def _choose_start(
     changes = configuration_changes(state.get("settings", {}), settings)
     if changes and not config.accept_changes:
         raise ValueError(
-            f"{checkpoints.path} has another configuration: resume it with its own, or use the "
-            f"new one from here on with --accept-changes: {'; '.join(changes)}"
+            f"{checkpoints.path} was saved with other settings ({'; '.join(changes)}): use those, "
+            "or --accept-changes to continue with the new ones"
         )
     for change in changes:
-        console.print(f"from here on, {change}")
+        console.print(f"changed setting: {change}")
     return state, checkpoints.loaded_path
 
 

@@ -142,7 +142,8 @@ class TrainingMonitor:
         return (
             f"the loss is {self.readings['loss']} at step {step}, the last of "
             f"{self.skipped_in_a_row} steps in a row that were skipped because their gradients "
-            "were not finite: try a lower --lr. checkpoint.pt is from before that"
+            "were not finite: try a lower --lr. checkpoint.pt holds the state before these "
+            "steps"
         )
 
     def print_bad_images(self) -> None:
@@ -154,7 +155,7 @@ class TrainingMonitor:
             for sample, reason in list(self._loader.bad.items())  # the loader's thread adds to it
         }
         self._bad_images_printed = self._console.print_rejects(
-            "replaced, because it cannot be decoded:", bad, self._bad_images_printed
+            "replaced", bad, self._bad_images_printed
         )
 
     def status(self) -> str:
@@ -167,7 +168,7 @@ class TrainingMonitor:
             f"redundancy {values['redundancy']:.4g}), diagonal {values['diagonal_mean']:.2f}, "
             f"off-diagonal {values['off_diagonal_rms']:.3f}, "
             f"{values['images_per_s']:.0f} images/s, "
-            f"data wait {values['data_wait_fraction']:.0%}"
+            f"waiting for data {values['data_wait_fraction']:.0%}"
         )
 
     def progress(self, step: int) -> Progress:

@@ -21,10 +21,7 @@ _ROWS = 256
 _COLLAPSED = 1 / 10
 _RECOVERED = 2 * _COLLAPSED
 
-_SYMPTOMS = {
-    "feature_deviation": "the features of different images are becoming the same",
-    "effective_rank": "the features use ever fewer dimensions",
-}
+_SYMPTOMS = ("feature_deviation", "effective_rank")  # readings that fall if features collapse
 
 
 @torch.no_grad()
@@ -96,7 +93,7 @@ class CollapseMonitor:
             readings: Those of a step, as `readings` returns them.
         """
         symptoms = []
-        for name, symptom in _SYMPTOMS.items():
+        for name in _SYMPTOMS:
             value = readings[name]
             highest = max(self.highest[name], value)
             self.highest[name] = highest
@@ -105,12 +102,12 @@ class CollapseMonitor:
             elif value <= _COLLAPSED * highest and name not in self._reported:
                 self._reported.add(name)
                 label = name.replace("_", " ")
-                symptoms.append(f"{symptom} ({label} {value:.3g}, it was {highest:.3g})")
+                symptoms.append(f"the {label} fell from {highest:.3g} to {value:.3g}")
 
         if not symptoms:
             return None
         advice = "a lower --lr or a longer --warmup-epochs may help"
-        return f"collapse? {'; '.join(symptoms)}: {advice}"
+        return f"possible collapse: {' and '.join(symptoms)}; {advice}"
 
 
 def correlation_steps(steps: int) -> set[int]:

@@ -105,26 +105,30 @@ class StepSaver:
             return
         if not isinstance(error, FloatingPointError):
             outcome = self._rescue(self._checkpoints)
-            error.add_note(f"it ended after step {self._completed_step:,}{outcome}")
+            error.add_note(f"training stopped after step {self._completed_step:,}; {outcome}")
 
     def _rescue(self, checkpoints: Checkpoints) -> str:
-        """Save the last completed step if possible. Returns the end of a sentence about it."""
+        """Save the last completed step if possible. Returns the outcome, for a message."""
         self.rescuing = True
-        obstacle = ", in the middle of the next update" if self._is_updating else ""
+        obstacle = ""
         try:
             checkpoints.wait()  # checkpoints.step is the step on the disk only after that
-            if not self._is_updating and self._completed_step > self._saved_step:
+            if self._completed_step > self._saved_step:
                 self._save_after_failure()
         except Exception as error:
             reason = (str(error) or repr(error)).splitlines()[0]
-            obstacle = f", which cannot be saved ({reason})"
+            obstacle = f"step {self._completed_step:,} could not be saved ({reason}); "
 
         if not checkpoints.step:
-            return f"{obstacle}: there is no checkpoint to resume from"
-        saved = f"{obstacle}: step {checkpoints.step:,}" if obstacle else ", which"
-        return f"{saved} is saved in {checkpoints.path}: continue with --resume"
+            return f"{obstacle}there is no checkpoint to resume from"
+        return (
+            f"{obstacle}the last checkpoint is step {checkpoints.step:,} in {checkpoints.path}: "
+            "continue with --resume"
+        )
 
     def _save_after_failure(self) -> None:
+        if self._is_updating:
+            raise RuntimeError("the next update had begun")
         if not self._alone:
             raise RuntimeError("its GPU may wait for a rank that is gone")
         self._averages.restore()  # the forward pass of the failed step may have updated them

@@ -45,7 +45,7 @@ def test_predict_prints_a_table(
     options = ["--checkpoint", pretrained, "--train", labelled, image, "--neighbours", *CPU]
     status, text = evaluate("predict", *options)
     assert status == 0, text
-    assert "by a vote of the 20 nearest of 60 training images" in text
+    assert "Predicted by a vote of the 20 nearest of 60 training images" in text
     assert text.count("train_004.jpg") == 2, "the image and its nearest neighbour"
 
 

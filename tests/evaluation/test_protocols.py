@@ -82,7 +82,7 @@ def test_the_published_command_differs_in_nothing_from_the_published_set_up(name
         "classifiers tried": 1,
     }
     assert differences(setup, published) == []
-    assert differences(setup | {"batch": 512}, published) == ["batch 512, not 256"]
+    assert differences(setup | {"batch": 512}, published) == ["batch: 512 (published: 256)"]
 
 
 def test_the_documentation_shows_the_measured_results() -> None:

@@ -187,14 +187,14 @@ def test_a_class_with_too_few_training_images_is_named() -> None:
     train, test = random_data(60, 0), random_data(60, 1)
     positives = np.flatnonzero(train.targets[:, 1] == 1)
     train.targets[positives[2:], 1] = 0
-    with pytest.raises(ValueError, match=r"^2 training images are with bee: .* at least 3"):
+    with pytest.raises(ValueError, match=r"^only 2 training images show bee: .* at least 3"):
         svm_map(train, test, CLASSES)
 
 
 def test_a_class_with_too_few_negatives_is_named() -> None:
     train, test = random_data(60, 0), random_data(60, 1)
     train.targets[2:, 2] = 1
-    with pytest.raises(ValueError, match=r"^[012] training images are without cat"):
+    with pytest.raises(ValueError, match=r"^only [012] training images do not show cat"):
         svm_map(train, test, CLASSES)
 
 

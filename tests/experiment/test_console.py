@@ -40,7 +40,7 @@ def test_only_ten_rejected_images_are_named_at_a_time(
     assert console.print_rejects("left out", rejects) == 13
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "left out 0.jpg: empty"
-    assert lines[9:] == ["left out 9.jpg: empty", "left out 3 more"]
+    assert lines[9:] == ["left out 9.jpg: empty", "and 3 more"]
 
     rejects["late.jpg"] = "torn"
     assert console.print_rejects("left out", rejects, printed=13) == 14

@@ -16,6 +16,10 @@ from experiment import (
     set_thread_environment,
 )
 
+LESS_MEMORY = (
+    "free some, or use options that need less (a smaller --batch-size, if the command has it)"
+)
+
 pytestmark = pytest.mark.usefixtures("signal_handlers", "one_process")
 
 
@@ -46,11 +50,11 @@ def test_the_exit_status_is_that_of_the_command(capsys: pytest.CaptureFixture[st
         (KeyError("size"), "KeyError: 'size' (TWINFEED_TRACEBACK=1 shows where)"),
         (
             MemoryError(),
-            "out of memory: on the host; free some, or use a smaller --batch-size",
+            f"out of memory: on the host; {LESS_MEMORY}",
         ),
         (
             RuntimeError("CUDA out of memory. Tried"),
-            "out of memory: CUDA out of memory. Tried; free some, or use a smaller --batch-size",
+            f"out of memory: CUDA out of memory. Tried; {LESS_MEMORY}",
         ),
     ],
 )

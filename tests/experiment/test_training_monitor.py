@@ -97,7 +97,7 @@ def test_a_collapse_is_printed_and_written_once(
         monitor.log(step, readings, RATES, torch.zeros(2), {})
     warnings = [line["warning"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert warnings[0] is None
-    assert "effective rank 1" in warnings[1]
+    assert "effective rank fell from 30 to 1;" in warnings[1]
     assert warnings[2] is None
     assert capsys.readouterr().out.count("step 1: ") == 1
 

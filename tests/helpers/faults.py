@@ -84,7 +84,7 @@ def assert_saved(result: tuple[int, str], run: Path, *words: str) -> int:
     The error must contain `words`, the step, and where to resume. Returns the step.
     """
     assert_refused(result, *words, "--resume", str(run / "checkpoint.pt"))
-    (step,) = re.findall(r"ended after step (\d+), which is saved in", result[1])
+    (step,) = re.findall(r"stopped after step (\d+); the last checkpoint is step \1 in", result[1])
     assert saved_step(run) == int(step)
     return int(step)
 

@@ -84,7 +84,7 @@ ILLNESSES = {
     "diverged": Illness("bad", "Diverged", "since step 150", {"loss": None, "invariance": None}),
     "many steps skipped": Illness("bad", "Steps were skipped", "90 of 200", {"skipped": 90}),
     "one step skipped": Illness("note", "Steps were skipped", "1 of 200", {"skipped": 1}),
-    "bad images": Illness("warn", "Images do not decode", "320 of 6,400", {"bad_images": 320}),
+    "bad images": Illness("warn", "Images cannot be decoded", "320 of 6,400", {"bad_images": 320}),
     "redundant": Illness(
         "warn", "The dimensions are redundant", "--lambd", {"off_diagonal_rms": 0.8}
     ),

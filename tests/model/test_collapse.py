@@ -61,20 +61,20 @@ def test_a_collapse_is_reported_once_and_again_after_a_recovery() -> None:
         assert monitor.warning(make_readings(deviation, 40)) is None
     warning = monitor.warning(make_readings(0.05, 40))
     assert warning is not None
-    assert "becoming the same (feature deviation 0.05, it was 0.6)" in warning
-    assert "dimensions" not in warning
+    assert "possible collapse: the feature deviation fell from 0.6 to 0.05;" in warning
+    assert "effective rank" not in warning
     assert monitor.warning(make_readings(0.01, 40)) is None, "it has been reported"
 
     assert monitor.warning(make_readings(0.4, 40)) is None, "it has recovered"
     warning = monitor.warning(make_readings(0.02, 2))
     assert warning is not None
-    assert "becoming the same" in warning
-    assert "ever fewer dimensions (effective rank 2, it was 40)" in warning
+    assert "feature deviation fell from 0.6 to 0.02 and" in warning
+    assert "the effective rank fell from 40 to 2;" in warning
 
 
 def test_a_resumed_run_remembers_the_highest_readings() -> None:
     monitor = CollapseMonitor(make_readings(0.6, 40))
-    assert "effective rank 3" in str(monitor.warning(make_readings(0.5, 3)))
+    assert "effective rank fell from 40 to 3;" in str(monitor.warning(make_readings(0.5, 3)))
 
 
 def test_nan_does_not_count_as_a_reading() -> None:

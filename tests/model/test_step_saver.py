@@ -81,7 +81,8 @@ def test_a_failed_loop_saves_the_averages_of_the_last_step_that_was_not_skipped(
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(KeyError) as caught:
         loop(checkpoints)
     assert caught.value.__notes__ == [
-        f"it ended after step 2, which is saved in {tmp_path}/checkpoint.pt: continue with --resume"
+        "training stopped after step 2; "
+        f"the last checkpoint is step 2 in {tmp_path}/checkpoint.pt: continue with --resume"
     ]
     state, _ = Checkpoints(tmp_path).load()
     assert state["step"] == 2
@@ -103,9 +104,9 @@ def test_a_step_that_does_not_reach_the_disk_is_not_reported_as_saved(
     with pytest.raises(KeyError) as caught, Checkpoints(tmp_path) as checkpoints:
         loop_that_fails_after_a_save(checkpoints, KeyError())
     (note,) = caught.value.__notes__
-    assert note.startswith("it ended after step 1, which cannot be saved (")
+    assert note.startswith("training stopped after step 1; step 1 could not be saved (")
     assert "No space left" in note
-    assert note.endswith("): there is no checkpoint to resume from")
+    assert note.endswith("); there is no checkpoint to resume from")
 
 
 def test_a_diverged_run_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

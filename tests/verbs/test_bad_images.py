@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import zlib
@@ -124,7 +125,7 @@ def test_images_that_turn_bad_while_others_are_reported_do_no_harm(
     options = [*TINY, "--epochs", "2", "--run-folder", tmp_path / "run"]
     status, text = train("--data", own_photos, *options)
     assert status == 0, text
-    reported = text.count("replaced, because it cannot be decoded:")
+    reported = text.count("replaced ")
     assert reported == len(loaders[0].bad) >= 6
 
 
@@ -140,7 +141,8 @@ def test_a_test_split_without_good_images_only_costs_the_scores(
     options = [*TINY, "--epochs", "1", "--run-folder", tmp_path / "run"]
     status, text = train("--data", data, *options)
     assert status == 0, text
-    assert text.count("left out") == 11, "ten images, and the number of the others"
+    assert text.count("left out") == 10
+    assert re.search(r"^and \d+ more$", text, re.MULTILINE), "the number of the others"
     summary = read_summary(tmp_path / "run")
     assert summary["knn_top1_trained"] is None
     assert Path(summary["export"]).exists()

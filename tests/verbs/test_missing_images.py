@@ -61,5 +61,6 @@ def test_a_process_whose_images_disappear_prints_one_line(own_photos: Path, tmp_
         f"error: the images in {own_photos} cannot be read: No such file or directory. "
     )
     assert line.endswith(
-        f"step {saved_step(run)}, which is saved in {run}/checkpoint.pt: continue with --resume"
+        f"the last checkpoint is step {saved_step(run)} in {run}/checkpoint.pt: "
+        "continue with --resume"
     )

@@ -87,9 +87,9 @@ def test_a_changed_configuration_is_refused_until_it_is_accepted(
 
     status, text = train(*changed, "--accept-changes")
     assert status == 0, text
-    assert text.count("from here on, ") == 2
-    assert "from here on, lr: 6.0" in text
-    assert "from here on, epochs: 2" in text
+    assert text.count("changed setting: ") == 2
+    assert "changed setting: lr: 6.0" in text
+    assert "changed setting: epochs: 2" in text
     assert logged_steps(run) == list(range(15))
     rates = [row["lr"] for row in read_metrics(run / "metrics.jsonl")]
     # The fourth step of the warm-up, and the fifth with half the peak.

@@ -113,8 +113,8 @@ else:
     assert sum("KeyError: 'a bug'" in line for line in errors(text)) == raised, text
     if raised or rank == 1:
         note = (
-            f"it ended after step {FAULT_STEP}, which is saved in {run / 'checkpoint.pt'}: "
-            "continue with --resume"
+            f"training stopped after step {FAULT_STEP}; the last checkpoint is step {FAULT_STEP} "
+            f"in {run / 'checkpoint.pt'}: continue with --resume"
         )
         assert sum(note in line for line in errors(text)) == 1, text
         assert saved_step(run) == FAULT_STEP

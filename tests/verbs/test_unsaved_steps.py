@@ -72,8 +72,9 @@ def test_a_fault_within_an_update_leaves_the_previous_checkpoint(
     with monkeypatch.context() as patch:
         fail_within_update(patch, 5)
         result = train(*options, "--checkpoint-minutes", minutes, "--resume")
-    note = "after step 7, in the middle of the next update"
-    assert_refused(result, note, f"step {last_saved} is saved", "--resume")
+    assert_refused(result, "after step 7; ", f"last checkpoint is step {last_saved} in", "--resume")
+    lost = "step 7 could not be saved (the next update had begun)"
+    assert (lost in result[1]) == (last_saved < 7)
     assert saved_step(run) == last_saved
     assert_resume_is_exact(train, own_photos, run, uninterrupted)
 
@@ -84,7 +85,7 @@ def test_a_fault_in_the_first_step_does_not_suggest_resuming(
     fail_at_call(monkeypatch, model.BarlowTwins, "forward", 1, OUT_OF_MEMORY, after=True)
     result = train("--data", own_photos, *OPTIONS, "--run-folder", tmp_path / "run")
     assert_refused(
-        result, "smaller --batch-size", "after step 0: there is no checkpoint to resume from"
+        result, "smaller --batch-size", "after step 0; there is no checkpoint to resume from"
     )
     assert "--resume" not in result[1]
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
@@ -116,9 +117,9 @@ def test_a_state_that_cannot_be_read_from_the_device_is_not_saved(tmp_path: Path
     with model.Checkpoints(tmp_path) as checkpoints, pytest.raises(KeyError) as caught:
         loop(checkpoints)
     assert caught.value.__notes__ == [
-        "it ended after step 4, which cannot be saved "
-        "(CUDA error: an illegal memory access was encountered): "
-        f"step 3 is saved in {tmp_path}/checkpoint.pt: continue with --resume"
+        "training stopped after step 4; step 4 could not be saved "
+        "(CUDA error: an illegal memory access was encountered); "
+        f"the last checkpoint is step 3 in {tmp_path}/checkpoint.pt: continue with --resume"
     ]
 
 
@@ -172,7 +173,7 @@ def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(
     # The save of the last step may not be finished when the disk is full.
     assert kept in (FAULT_STEP - 1, FAULT_STEP)
     assert_refused(
-        result, "too large", ", which cannot be saved", f"step {kept} is saved", "--resume"
+        result, "too large", "could not be saved", f"last checkpoint is step {kept} in", "--resume"
     )
     assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
 
