@@ -27,7 +27,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 import experiment
-from experiment import Console, ProgressBar, printable
+from experiment import DEFAULT_IN_HELP, Console, ProgressBar, printable
 
 if TYPE_CHECKING:
     from pipeline import ConversionProgress, ConversionResult
@@ -57,17 +57,17 @@ class Convert:
     Also a URL of any of these, or torchvision:CIFAR10[:test]."""
     target: Annotated[Positional[Path], arg(metavar="TARGET")]
     """A .beton file, or a folder for shards."""
-    format: Literal["beton", "webdataset", "tfrecord"] | None = None
+    format: Annotated[Literal["beton", "webdataset", "tfrecord"] | None, DEFAULT_IN_HELP] = None
     """What to write; not needed if TARGET ends in .beton."""
-    shards: int | None = None
+    shards: Annotated[int | None, DEFAULT_IN_HELP] = None
     """Number of shards; replaces --shard-size."""
     shard_size: int = 5000
     """Images per shard."""
-    max_side: int | None = None
+    max_side: Annotated[int | None, DEFAULT_IN_HELP] = None
     """Resize images so that the longer side has at most this many pixels."""
-    short_side: int | None = None
+    short_side: Annotated[int | None, DEFAULT_IN_HELP] = None
     """Resize images so that the shorter side has at most this many pixels."""
-    quality: int | None = None
+    quality: Annotated[int | None, DEFAULT_IN_HELP] = None
     """JPEG quality, 1 to 100; JPEGs of a higher quality are re-encoded.
     Without it, images that have to be re-encoded get 96."""
     seed: int = 0
@@ -77,9 +77,9 @@ class Convert:
     If off, images that pass through are only identified by their headers."""
     strict: bool = False
     """Stop at the first bad image instead of leaving it out."""
-    threads: int | None = None
+    threads: Annotated[int | None, DEFAULT_IN_HELP] = None
     """Number of threads; without it, one per core."""
-    scheduler: str | None = None
+    scheduler: Annotated[str | None, DEFAULT_IN_HELP] = None
     """Address of a Dask scheduler; its workers write the shards.
     SOURCE and TARGET must be on a file system that all workers share.
     Anyone who can reach the scheduler can run code; on a shared network use tls://HOST:PORT."""
@@ -91,9 +91,9 @@ class Verify:
 
     target: Annotated[Positional[Path], arg(metavar="TARGET")]
     """A converted data set."""
-    against: Annotated[str | None, arg(metavar="SOURCE")] = None
+    against: Annotated[str | None, arg(metavar="SOURCE", help_behavior_hint="")] = None
     """Convert each source image again and compare."""
-    threads: int | None = None
+    threads: Annotated[int | None, DEFAULT_IN_HELP] = None
     """Number of threads; without it, one per core."""
 
 

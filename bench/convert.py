@@ -23,7 +23,7 @@ import torch
 import tyro
 
 import pipeline
-from experiment import Console
+from experiment import DEFAULT_IN_HELP, Console
 from pipeline import ConversionOptions
 from pipeline.images import image_size
 
@@ -42,14 +42,14 @@ _DISTRIBUTIONS = ("ffcv", "simplejpeg", "pillow", "torch", "numpy", "google-crc3
 class ConvertOptions:
     """Measures conversions of a folder of JPEGs that are in the file cache, on all cores."""
 
-    data: Path | None = None
+    data: Annotated[Path | None, DEFAULT_IN_HELP] = None
     """Folder of images [default: generated photographs of 500 x 375 pixels and 96 kB, about the
     size of ImageNet's]."""
     images: int = 2000
     """Number of photographs to generate, without --data."""
     rounds: Annotated[int, tyro.conf.arg(aliases=["--turns"])] = 5
     """Number of rounds; each round measures every conversion once."""
-    json: Path | None = None
+    json: Annotated[Path | None, DEFAULT_IN_HELP] = None
     """Write the results to this JSON file."""
 
     def check(self) -> None:

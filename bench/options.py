@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from experiment import PRESETS, DecoderName, check_option
+from experiment import DEFAULT_IN_HELP, PRESETS, DecoderName, check_option
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class BenchOptions:
     `python -m bench doctor`: what is installed, and what is missing.
     """
 
-    data: Path | None = None
+    data: Annotated[Path | None, DEFAULT_IN_HELP] = None
     """Folder of images [default: generated photographs of 500 x 375 pixels and 96 kB, about the
     size of ImageNet's]."""
     images: int = 1024
@@ -31,13 +31,13 @@ class BenchOptions:
     with --quick."""
     size: int = 224
     """Height and width of a view, in pixels."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, DEFAULT_IN_HELP] = None
     """Images per step [default: 64 on a CPU, 32 with --quick, 512 on a GPU]."""
-    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
+    preset: Annotated[Literal[tuple(PRESETS)] | None, DEFAULT_IN_HELP] = None  # type: ignore[valid-type]
     """Preset that defines the network [default: demo on a CPU, imagenet-1000e on a GPU]."""
     decoder: DecoderName = "auto"
     """auto: DALI on a GPU, else cpu. ffcv: FFCV's loader, for a beton."""
-    threads: int | None = None
+    threads: Annotated[int | None, DEFAULT_IN_HELP] = None
     """Threads that decode [default: one per core, divided by the number of ranks on this
     machine]."""
     device: str = "auto"
@@ -46,7 +46,7 @@ class BenchOptions:
     """Fewer and shorter measurements: about a minute on two cores."""
     peers: bool = True
     """Measure other projects' pipelines as well, on one core."""
-    json: Path | None = None
+    json: Annotated[Path | None, DEFAULT_IN_HELP] = None
     """Write the results to this JSON file."""
 
     def check(self) -> None:

@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+
+from experiment.options import DEFAULT_IN_HELP
 
 from . import record, tables
 from .record import PeerResult, Record
@@ -19,9 +22,9 @@ _RESULTS = Path(__file__).parent / "results"
 class ReportOptions:
     """Prints benchmark results as Markdown tables, and plots them."""
 
-    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], DEFAULT_IN_HELP] = ()
     """Results that `python -m bench --json` has written [default: bench/results/feed-*.json]."""
-    plot: Path | None = None
+    plot: Annotated[Path | None, DEFAULT_IN_HELP] = None
     """Picture to draw, for example docs/throughput.png. Needs the dependency group `bench`."""
 
 

@@ -21,7 +21,7 @@ import tyro
 
 import model
 import pipeline
-from experiment import PRESETS, Console, ModelConfig, Pretrain
+from experiment import DEFAULT_IN_HELP, PRESETS, Console, ModelConfig, Pretrain
 
 from . import loss_benchmark, record, rooflines, tables
 from .loss_benchmark import LossShape, loss_candidates, loss_memory_on_cpu
@@ -51,10 +51,10 @@ _MOST_LOSS_ROUNDS = 3  # the D x D form takes seconds on a CPU
 class StepOptions:
     """Measures training on random views: compares our training step and loss with the authors'."""
 
-    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
+    preset: Annotated[Literal[tuple(PRESETS)] | None, DEFAULT_IN_HELP] = None  # type: ignore[valid-type]
     """Preset that defines the network and the size of its views [default: demo on a CPU,
     imagenet-1000e on a GPU]."""
-    batch_size: tuple[int, ...] = ()
+    batch_size: Annotated[tuple[int, ...], DEFAULT_IN_HELP] = ()
     """Images per step, one number or several [default: 128 on a CPU, 256 512 1024 2048 on a
     GPU]."""
     rounds: Annotated[int, tyro.conf.arg(aliases=["--turns"])] = 7
@@ -66,9 +66,9 @@ class StepOptions:
     smaller N and D."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    json: Path | None = None
+    json: Annotated[Path | None, DEFAULT_IN_HELP] = None
     """Write the results to this JSON file."""
-    trace: Path | None = None
+    trace: Annotated[Path | None, DEFAULT_IN_HELP] = None
     """File for torch's profile of our step, such as trace.json.gz, for chrome://tracing or
     Perfetto."""
 
