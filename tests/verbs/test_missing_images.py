@@ -27,7 +27,7 @@ def test_a_folder_that_disappears_is_named_and_the_run_resumes_when_it_is_back(
     elsewhere = tmp_path / "elsewhere"
     at_step(monkeypatch, FAULT_STEP, lambda: own_photos.rename(elsewhere))
     result = train(*options)
-    step = assert_saved(result, run, f"the images in {own_photos} are out of reach", "No such file")
+    step = assert_saved(result, run, f"the images in {own_photos} cannot be read", "No such file")
     assert FAULT_STEP < step <= FAULT_STEP + 6, "batches that were decoded before are used"
     assert "replaced" not in result[1], "the images are not bad"
 
