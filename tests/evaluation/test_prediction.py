@@ -78,7 +78,7 @@ def test_neighbours_need_a_bank_even_with_a_classifier(
     image = labelled / "val" / "class2" / "val_002.jpg"
     assert evaluate("predict", *checkpoint, image, *CPU)[0] == 0
     result = evaluate("predict", *checkpoint, image, "--neighbours", *CPU)
-    assert_refused(result, "error: name the images", "--train")
+    assert_refused(result, "error: --neighbours needs --train")
 
 
 def test_a_classifier_on_solo_learns_small_stem_keeps_its_padding(
