@@ -43,7 +43,7 @@ BAD_FOLDERS: dict[Callable[[Path], None], tuple[str, ...]] = {
     make_empty: ("data", "no image", ".jpg", ".png"),
     make_file: ("data", "not a folder", "name a folder"),
     make_unreadable: ("data", "none of its 10 images", "0.jpg"),
-    make_too_few: ("5 images", "batch of 8", "at most 5"),
+    make_too_few: ("5 images", "batch of 8", "5 or less"),
 }
 
 
@@ -65,7 +65,7 @@ BAD_OPTIONS = {
     "--epochs 0": ("--epochs", "0", "at least 1"),
     "--size 0": ("--size", "0", "at least 1"),
     "--hold-out 1": ("--hold-out", "1", "between"),
-    "--crop-area 0.5 0.1": ("--crop-area", "0.5", "range"),
+    "--crop-area 0.5 0.1": ("--crop-area", "0.5", "smaller one first"),
     "--log-steps 0": ("--log-steps", "at least 1"),
     "--shuffle-block 0": ("--shuffle-block", "0", "at least 1"),
     "--threads 0": ("--threads", "0", "at least 1"),
