@@ -85,8 +85,9 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
     network = build_network(config, device, one_pass=compile_mode is not None)
     if config.run.recompute:
         network.backbone.recompute_activations()
-    # Compiled, and among several ranks in DistributedDataParallel, which sums the gradients. Batch
-    # norm and the loss exchange the statistics of the global batch themselves.
+    # Compiled, and among several ranks in DistributedDataParallel, with a hook that sums the
+    # gradients: each rank computes its part of the gradient of the one global loss. Batch norm and
+    # the loss exchange the statistics of the global batch themselves.
     forward = model.compile_and_wrap(device, network, compile_mode)
 
     devices = name_devices(device, distributed)
@@ -156,7 +157,10 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
     test_steps = (config.run.eval_epochs or 0) * steps_per_epoch
 
     def checkpoint_state(completed_steps: int) -> dict[str, Any]:
-        """Everything that the run needs to continue after so many steps."""
+        """Everything that the run needs to continue after so many steps.
+
+        `saver` calls it, within the loop and if the loop fails, but not before the first step.
+        """
         if saver.rescuing and not math.isfinite(output.loss.detach()):
             raise FloatingPointError(f"the loss is {float(output.loss.detach())}")
         states = {name: part.state_dict() for name, part in trained.items()}
@@ -187,8 +191,10 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
             with autocast:
                 output = forward(view_a, view_b)  # loss, features [B, F], embeddings [B, D]
             scaler.scale(output.loss).backward()
+            # LARS, not the scaler, skips the step if gradients are not finite. `skipped` is read
+            # afterwards, on the device, to restore the averages of batch norm.
             with saver.update(lambda: optimizer.skipped):
-                scaler.step(optimizer)  # LARS skips the step if gradients are not finite
+                scaler.step(optimizer)
                 scaler.update()
 
             # Once in a while: keep a corner of the cross-correlation matrix, for the report.
@@ -196,7 +202,7 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
                 model.save_correlation(run / "correlation" / f"{step:08d}.npy", output)
 
             # Once in a while: test the features by kNN and a linear probe, on rank 0. The other
-            # ranks wait for it in their next step.
+            # ranks wait when they next need it.
             scores: dict[str, float] = {}
             test_is_due = test_steps > 0 and (step + 1) % test_steps == 0
             if test_is_due and held_out is not None and distributed.is_rank0:
@@ -204,18 +210,20 @@ def pretrain(  # noqa: C901, PLR0915  # the whole method, in the order in which 
                     scores = held_out.online(network.backbone.eval())
                     network.train()
 
-            # Once in a while: log. This waits for the device.
+            # Once in a while: log, on every rank (only the folder of rank 0 is kept). This waits
+            # for the device.
             if scores or step % config.run.log_steps == 0 or step == last_step:
                 readings = model.readings(output)
                 monitor.log(step, readings, learning_rates, optimizer.skipped_steps, scores)
                 if monitor.has_diverged():
-                    # Skipped steps have changed nothing: this is the state before them.
+                    # Skipped steps have changed nothing: this is the state of the step before them.
                     saver.save(wait=True, steps_back=monitor.skipped_in_a_row)
                     raise FloatingPointError(monitor.divergence(step))
             bar(step + 1, last_step + 1, monitor.status())
             monitor.print_bad_images()
 
-            # Once in a while: save a checkpoint. A skipped step is not saved, but the next one is.
+            # Once in a while: save a checkpoint. A skipped step is not saved (unless it is the last
+            # one), but the next one is.
             stop = distributed.any_rank(bool(stop_status()))
             due = stop or checkpoint_schedule.is_due(step, saver.saved_at)
             if step == last_step or (due and not optimizer.skipped):
