@@ -47,8 +47,8 @@ _TREATMENT_NAMES = {
 class Convert:
     """Convert SOURCE to TARGET, in a random order given by --seed.
 
-    The same command resumes a conversion that was stopped. `convert.py verify --help`: read a
-    TARGET again, and compare.
+    The same command resumes a conversion that was stopped. `convert.py verify` checks a TARGET
+    against its checksums or its source (see its --help).
     """
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
@@ -74,7 +74,7 @@ class Convert:
     """Seed of the shuffle."""
     validate: bool = True
     """Check the compressed data of each image.
-    If off, images that pass through are only identified by their headers."""
+    If off, only the headers of images that pass through are checked."""
     strict: bool = False
     """Stop at the first bad image instead of leaving it out."""
     threads: Annotated[int | None, DEFAULT_IN_HELP] = None

@@ -14,7 +14,7 @@ from experiment import DEFAULT_IN_HELP, PRESETS, DecoderName, check_option
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Measures every stage from disk to update, and compares it with other projects' pipelines.
+    """Measures every stage from disk to update, and how fast other projects' pipelines make views.
 
     Other commands, each with its own --help:
     `python -m bench step`: the training step alone.
@@ -27,8 +27,8 @@ class BenchOptions:
     """Folder of images [default: generated photographs of 500 x 375 pixels and 96 kB, about the
     size of ImageNet's]."""
     images: int = 1024
-    """Highest number of images to use. Without --data at most 512 are generated, and always 128
-    with --quick."""
+    """Largest number of images of --data to use.
+    Without --data, 512 are generated (fewer if this is lower), or 128 with --quick."""
     size: int = 224
     """Height and width of a view, in pixels."""
     batch_size: Annotated[int | None, DEFAULT_IN_HELP] = None

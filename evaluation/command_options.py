@@ -122,7 +122,8 @@ class LinearCommand:
     demo: as imagenet, for ten epochs.
     [default: demo for the demo data set, else imagenet]"""
     epochs: Annotated[int | None, experiment.DEFAULT_IN_HELP] = None
-    """Number of passes over the training set [default: 100; 14 for places205, 84 for inat18]."""
+    """Number of passes over the training set
+    [default: 100; 10 for demo, 14 for places205, 84 for inat18]."""
     batch_size: int = 256
     """Images per step."""
     lr: Annotated[tuple[float, ...], experiment.DEFAULT_IN_HELP] = ()

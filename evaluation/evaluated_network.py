@@ -161,7 +161,8 @@ class EvaluatedNetwork:
         self.print_bad_images(loader, "left out")
         if len(loader.bad) == len(store):
             raise ValueError(
-                f"none of the {len(store):,} images can be read, the first: {store.name(0)}"
+                f"none of the {len(store):,} images can be read; the first is {store.name(0)}: "
+                f"{loader.bad[0]}"
             )
 
     def features(

@@ -257,7 +257,7 @@ def _resume(
     if changes:
         raise ValueError(
             f"{checkpoint} cannot be resumed with other settings than it was saved with: "
-            f"{'; '.join(changes)}. Use those, or train anew without --resume"
+            f"{'; '.join(changes)}. Use the saved ones, or train anew without --resume"
         )
     epochs_done: int = model.load_states(states, saved, checkpoint)["step"]
     return epochs_done

@@ -149,7 +149,7 @@ class RunConfig:
     keep_checkpoints: int = 3
     """Number of recent checkpoints to keep."""
     milestone_epochs: Annotated[int | None, DEFAULT_IN_HELP] = None
-    """Keep one checkpoint permanently every this many epochs [default: none]."""
+    """Number of epochs between checkpoints that are never deleted [default: none]."""
     log_steps: int = 10
     """Steps between two lines of metrics.jsonl."""
     eval_epochs: Annotated[int | None, DEFAULT_IN_HELP] = None

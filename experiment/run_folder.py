@@ -104,8 +104,8 @@ def _choose_start(
     changes = configuration_changes(state.get("settings", {}), settings)
     if changes and not config.accept_changes:
         raise ValueError(
-            f"{checkpoints.path} was saved with other settings ({'; '.join(changes)}): use those, "
-            "or --accept-changes to continue with the new ones"
+            f"{checkpoints.path} was saved with other settings ({'; '.join(changes)}): use the "
+            "saved ones, or --accept-changes to continue with the new ones"
         )
     for change in changes:
         console.print(f"changed setting: {change}")

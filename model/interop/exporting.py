@@ -84,7 +84,7 @@ def _check_can_export(weights: Weights, layout: str, path: Path) -> None:
     same_padding = small_stem_padding(weights.layout) == small_stem_padding(layout)
     if has_small_stem and not same_padding and layout != "safetensors":
         raise ValueError(
-            f"{path}: solo-learn's small stem adds a border of 2 pixels, all others' 1, so these "
+            f"{path}: solo-learn's small stem pads by 2 pixels and every other one by 1, so these "
             f"weights would compute other features in {layout}'s layout: export them to "
             "safetensors"
         )

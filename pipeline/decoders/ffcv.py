@@ -64,8 +64,8 @@ class FfcvDecoder(CpuDecoder):
         image_number = list(fields).index(image_field)
         if not _reads_the_same_table(self.loader, f"f{image_number}", beton):
             raise ValueError(
-                f"{self.path}: FFCV reads other image positions than twinfeed: "
-                "the file has changed (start again), or use --decoder cpu"
+                f"{self.path}: FFCV and twinfeed find the images at different positions. If the "
+                "file has just changed, start again; otherwise use --decoder cpu"
             )
 
     def stream(self, plan: Iterable[tuple[Samples, Boxes]]) -> Generator[Crops, None, None]:

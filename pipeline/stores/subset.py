@@ -136,8 +136,8 @@ def subset_from_list(store: Store, path: Path) -> Subset:
     folder, positions = _folder_below(store)
     if folder is None:
         raise ValueError(
-            f"{path} contains file names, but {store.name(0)} is not in an image folder: "
-            "use the original folder, or a fraction such as --labels 0.1"
+            f"{path} contains file names, which {store.name(0)} does not have: "
+            "use the original image folder, or a fraction such as --labels 0.1"
         )
     sample_of: dict[str, int] = {}
     ambiguous: set[str] = set()
@@ -158,8 +158,8 @@ def subset_from_list(store: Store, path: Path) -> Subset:
     unclear = [name for name in names if name in ambiguous]
     if unclear:
         raise ValueError(
-            f"{path}: {len(unclear)} of its {len(names)} names belong to several images there, "
-            f"give their paths: {first_names(unclear)}"
+            f"{path}: {len(unclear)} of its {len(names)} names belong to several images in "
+            f"{folder.root}; give paths relative to it: {first_names(unclear)}"
         )
     return Subset(store, np.unique([sample_of[name] for name in names]))
 

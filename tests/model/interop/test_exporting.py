@@ -224,14 +224,14 @@ def test_the_wider_padding_of_solo_learns_small_stem_is_kept(tmp_path: Path) -> 
     for path in (tmp_path / "x.ckpt", tmp_path / "x.safetensors", tmp_path / "y.ckpt"):
         ours = load_backbone(read_weights(path), path)
         torch.testing.assert_close(ours(images), network.backbone(images))
-    with pytest.raises(ValueError, match=r"border of 2 pixels.*export them to safetensors"):
+    with pytest.raises(ValueError, match=r"pads by 2 pixels.*export them to safetensors"):
         export(weights, "torchvision", tmp_path / "z.pth")
 
 
 def test_our_small_stem_is_exported_only_to_layouts_with_its_padding(tmp_path: Path) -> None:
     backbone = build_backbone("resnet18", 8, small_stem=True).state_dict()
     weights = Weights("twinfeed", backbone, {}, {}, [], 32)
-    with pytest.raises(ValueError, match="border of 2 pixels"):
+    with pytest.raises(ValueError, match="pads by 2 pixels"):
         export(weights, "solo-learn", tmp_path / "z.pth")
     export(weights, "lightly", tmp_path / "z.pth")
     assert load_backbone(read_weights(tmp_path / "z.pth"), tmp_path).conv1.padding == (1, 1)

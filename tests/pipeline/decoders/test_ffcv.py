@@ -295,7 +295,8 @@ def test_changed_or_truncated_beton_is_refused_before_ffcv_reads_it(
         struct.pack_into("<Q", data, at, 2**40)
         path.write_bytes(data)
         with pytest.raises(
-            ValueError, match=r"x\.beton: FFCV reads other image positions .*the file has changed"
+            ValueError,
+            match=r"x\.beton: FFCV and twinfeed find the images at different positions.*just changed",
         ):
             decoder_of("ffcv", forty, RECIPE)
     path.write_bytes(whole[: len(whole) // 2])

@@ -222,7 +222,7 @@ BAD_LISTS: dict[str, tuple[bytes | None, str]] = {
     ),
     "a name of two images": (
         b"2.jpg\n1.jpg\n",
-        r"1 of its 2 names belong to several images there, .*: 1\.jpg$",
+        r"1 of its 2 names belong to several images in .*: 1\.jpg$",
     ),
     "blank lines": (b"\n \n", r"list\.txt is empty"),
     "no list": (None, r"list\.txt: No such file"),
@@ -253,6 +253,6 @@ def test_a_list_for_records_or_memory_is_refused_with_the_remedy(
     list_path = tmp_path / "list.txt"
     list_path.write_text("0000.jpg\n")
     for store in (as_records(open_store(photos), tmp_path), MemoryStore([JPEG])):
-        message = r"list\.txt contains file names, .* use the original folder, or a fraction"
+        message = r"list\.txt contains file names, .* use the original image folder, or a fraction"
         with pytest.raises(ValueError, match=message):
             subset_from_list(Subset(store, np.array([0])), list_path)
